@@ -1,0 +1,29 @@
+"""POET as a PEFT tuner: training by learned orthogonal rotations of fixed weights, `W_eff = R W P`.
+
+Importing this package registers the method with PEFT, silently.
+"""
+
+from .callback import POETCallback
+from .config import POETConfig
+from .errors import POETCheckpointError, POETMergeError, POETReferenceError
+from .merging import MergeReport, merge_and_reinitialize
+from .model import POETModel
+from .optim import poet_param_groups
+from .registration import register
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MergeReport",
+    "POETCallback",
+    "POETCheckpointError",
+    "POETConfig",
+    "POETMergeError",
+    "POETModel",
+    "POETReferenceError",
+    "merge_and_reinitialize",
+    "poet_param_groups",
+]
+
+register(POETConfig, POETModel)

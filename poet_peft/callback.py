@@ -1,0 +1,86 @@
+"""`POETCallback`: the folds of POET inside transformers' Trainer and everything built on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import POETConfig
+from .merging import MergeReport, merge_and_reinitialize
+from .model import poet_layers
+from .optim import rotation_parameters
+
+
+class POETCallback(TrainerCallback):
+    """Folds the rotations every `POETConfig.merge_interval` optimizer steps and reinitialises with them.
+
+    The fold happens at the end of the step, before Trainer logs, evaluates and saves: what these see of a step is the
+    folded model. The schedule is read off `state.global_step` and the tensors of the adapter, so a resumed run goes
+    on where the saved one stood.
+
+    After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at
+    `max_grad_norm / (clip_ramp_steps + 1)` and grows back linearly. Without a `max_grad_norm` there is no ramp.
+
+    Args:
+        clip_ramp_steps: optimizer steps with a tightened clip after each reinitialisation; 0 = none.
+
+    Attributes:
+        last_report: the `MergeReport` of the latest fold, None before the first.
+
+    Raises:
+        ValueError: at the start of training, if the model has no trainable POET layer.
+    """
+
+    def __init__(self, clip_ramp_steps: int = 10) -> None:
+        if clip_ramp_steps < 0:
+            raise ValueError(f"clip_ramp_steps={clip_ramp_steps} must not be negative.")
+        self.clip_ramp_steps = clip_ramp_steps
+        self.last_report: MergeReport | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if not any(parameter.requires_grad for parameter in rotation_parameters(model)):
+            raise ValueError(
+                "POETCallback found no trainable POET layer in the model: pass peft_config=POETConfig(...) to the "
+                "trainer, or wrap the model with get_peft_model first."
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        fraction = self._clip_fraction(_config(model), state.global_step)
+        if fraction < 1 and args.max_grad_norm:
+            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+            torch.nn.utils.clip_grad_norm_(trained, fraction * args.max_grad_norm)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        config = _config(model)
+        if config.merge_interval and state.global_step % config.merge_interval == 0:
+            self.last_report = merge_and_reinitialize(
+                model, optimizer, reinitialize=config.reinitializes_at(state.global_step)
+            )
+
+    def _clip_fraction(self, config: POETConfig, step: int) -> float:
+        """The part of `max_grad_norm` that holds for the optimizer step after `step` completed ones."""
+        interval = config.merge_interval if config.reinit_interval is None else config.reinit_interval
+        if not interval or step < interval:
+            return 1.0
+        return min(1.0, (step % interval + 1) / (self.clip_ramp_steps + 1))
+
+
+def _config(model: nn.Module) -> POETConfig:
+    _, layer = next(poet_layers(model))
+    configs = getattr(model, "peft_config", {})
+    return next(configs[name] for name in layer.active_adapters if name in configs)

@@ -1,0 +1,122 @@
+"""What an adapter file must hold before anything of it is loaded, and how base weights are loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .config import POETConfig
+from .errors import POETCheckpointError
+from .layer import POETLayer
+
+
+def check_adapter_tensors(
+    adapter_name: str, layers: dict[str, POETLayer], tensors: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    """Check the rotations of a file against the model and against each other.
+
+    Args:
+        layers: rotated layers by name in the model.
+        tensors: the file's tensors of the adapter, under the model's names.
+        expected: the model's own tensors of the adapter.
+
+    Raises:
+        POETCheckpointError: tensors are missing, extra or of another shape; an index is not the one of the epoch.
+    """
+    _raise_if(_names(expected.keys() - tensors.keys()), "lacks tensors of the adapter", "Was it cut or edited?")
+    _raise_if(_names(tensors.keys() - expected.keys()), "has tensors that the model's adapter lacks", _SAME_CONFIG)
+    _raise_if(
+        [
+            f"{key}: {tuple(tensor.shape)} in the file, {tuple(expected[key].shape)} in the model"
+            for key, tensor in sorted(tensors.items())
+            if tensor.shape != expected[key].shape
+        ],
+        "has tensors of another shape",
+        _SAME_CONFIG,
+    )
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise POETCheckpointError(
+                f"the adapter {adapter_name!r} is merged into {name!r}, so loading it again would not change what the "
+                "model computes. Call unmerge_adapter() first."
+            )
+        seed, epoch, num_folds = tensors[f"{name}.poet_schedule.{adapter_name}"].tolist()
+        for rotation in layer.rotations(adapter_name):
+            index = tensors[f"{name}.poet_{rotation.side}.{adapter_name}.index"].cpu()
+            if epoch > num_folds or not torch.equal(index, rotation.draw_index(seed, epoch)):
+                raise POETCheckpointError(
+                    f"the file contradicts itself: poet_{rotation.side}.index of {name!r} is not what seed {seed} and "
+                    f"epoch {epoch} give after {num_folds} folds. It was put together from several checkpoints, or "
+                    "the layer has another name in this model."
+                )
+
+
+def load_base_tensors(
+    model: nn.Module,
+    config: POETConfig,
+    adapter_name: str,
+    layers: dict[str, POETLayer],
+    tensors: dict[str, Tensor],
+    required: set[str],
+) -> dict[str, Tensor]:
+    """Load a file's tensors outside the adapter into the model, in place, and return those left to PEFT.
+
+    PEFT's low-memory loading assigns new parameters, which would untie shared weights; so what `POETConfig` says is in
+    the file is written here. Everything is checked first: either all of it is loaded, or nothing.
+
+    Args:
+        tensors: the file's tensors outside the adapter, under the model's names.
+        required: keys that the configuration says the file holds.
+
+    Raises:
+        POETCheckpointError: tensors are missing, unknown or of another shape, or the file and the configuration
+            disagree on whether base weights belong in it, or another adapter would be changed.
+    """
+    current = model.state_dict()
+    base_weights = {f"{name}.base_layer.weight" for name in layers}
+    _raise_if(_names(required - tensors.keys()), f"lacks base weights, which {_regime(config)} saves", _SAME_CONFIG)
+    unknown = [key for key in tensors if key not in current or (key in base_weights and key not in required)]
+    _raise_if(_names(unknown), f"has tensors that do not belong into it with {_regime(config)}", _SAME_CONFIG)
+    _raise_if(
+        [
+            f"{key}: {tuple(tensor.shape)} in the file, {tuple(current[key].shape)} in the model"
+            for key, tensor in sorted(tensors.items())
+            if tensor.shape != current[key].shape
+        ],
+        "has tensors of another shape",
+        "Load it into the model that it was trained from.",
+    )
+    for name, layer in layers.items():
+        others = [other for other in layer.poet_schedule if other != adapter_name]
+        key = f"{name}.base_layer.weight"
+        in_use = key in required and (others or layer.merged)
+        if in_use and not torch.equal(tensors[key].to(current[key]), current[key]):
+            what = f"the adapters {others}" if others else f"the merged adapters {layer.merged_adapters}"
+            raise POETCheckpointError(
+                f"the file holds a base weight of {name!r} that differs from the model's, on which {what} are built. "
+                "Load it into a model of its own."
+            )
+    with torch.no_grad():
+        for key in required:
+            if not current[key].is_meta:
+                current[key].copy_(tensors[key])
+    return {key: tensor for key, tensor in tensors.items() if key not in required or current[key].is_meta}
+
+
+_SAME_CONFIG = "Load it with the adapter_config.json that was saved beside it."
+
+
+def _regime(config: POETConfig) -> str:
+    return f"merge_interval={config.merge_interval}, base_init={config.base_init!r}, train_rest={config.train_rest}"
+
+
+def _names(keys: Iterable[str]) -> list[str]:
+    return sorted(map(repr, keys))
+
+
+def _raise_if(problems: list[str], what: str, way_out: str) -> None:
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise POETCheckpointError(f"the adapter file {what}: {shown}. {way_out} Nothing was loaded.")

@@ -1,0 +1,199 @@
+"""`POETConfig`: the method's configuration. Learning rates belong to the optimizer (`poet_param_groups`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from .initialization import SCHEMES
+from .primitives import VARIANTS
+from .registration import ensure_peft_type, owns_name
+
+
+_MAPS = ("cayley_neumann", "cayley")
+_BIASES = ("none", "all", "poet_only")
+
+
+@dataclass
+class POETConfig(PeftConfig):
+    """Configuration of POET: `W_eff = R W P` with the weight `W` frozen and orthogonal `R` and `P` learned.
+
+    With `merge_interval=0`, the default, POET is a pure adapter: the base weights never change, and what is saved is
+    small. With `merge_interval > 0` the rotations are folded into the weights every so many optimizer steps
+    (`POETCallback` in Trainer, `merge_and_reinitialize` in a loop of your own), and a checkpoint then always holds
+    the current base weights as well.
+
+    Args:
+        variant: "block_stochastic" rotates every feature, in random blocks; "fully_stochastic" rotates one random
+            block of features on each side.
+        block_size: size `b` of a block, at least 2; with "fully_stochastic" also a fraction of each dimension in
+            (0, 1]. Trainable parameters of a layer: about `(m + n) (b - 1) / 2` block-stochastic, `b (b - 1)` fully
+            stochastic.
+        num_neumann_terms: `k` of the Cayley-Neumann series. 3 in the paper; 1 and 2 suffice only for small models.
+        orthogonal_map: "cayley_neumann", or "cayley", which is exactly orthogonal for any `Q` and slower.
+        merge_interval: optimizer steps between folds of the rotations into the weights; 0 = never.
+        reinit_interval: optimizer steps between reinitialisations (new permutations or index sets, fresh optimizer
+            state); a multiple of `merge_interval`. None = with every fold, 0 = never.
+        base_init: draw the targeted weights anew before training from scratch: "normalized" (Gaussian, rows at unit
+            norm; the paper's best), "xavier", "standard" (Gaussian, 0.02), "uniform_spectrum" (all singular values
+            1). None leaves them as they are, as pretrained weights must be.
+        train_rest: everything outside the rotated weights (embeddings, norms, biases, head) trains too, and is saved
+            with the adapter. For pretraining.
+        keep_initial_weights: keep a copy of the targeted weights, so that `disable_adapter` and `unload` still give
+            the original model after a fold.
+        seed: of permutations, index sets and `base_init`.
+        init_weights: True starts at the identity. False starts at random rotations, for tests.
+        target_modules: names of the layers to rotate, a regular expression, or "all-linear". None = PEFT's defaults
+            for the architecture.
+        exclude_modules: names, or a regular expression, of layers to leave out.
+        layers_to_transform: indexes of the transformer layers to rotate.
+        layers_pattern: name of the layer list that `layers_to_transform` indexes.
+        modules_to_save: further modules to train in full and save, such as a classification head.
+        bias: biases that train: "none", "all", or "poet_only" (those of the rotated layers). Biases are not rotated.
+        block_size_pattern: `block_size` for layers whose name matches a key, as in PEFT's `rank_pattern`.
+    """
+
+    variant: Literal["block_stochastic", "fully_stochastic"] = field(
+        default="block_stochastic", metadata={"help": "block_stochastic or fully_stochastic"}
+    )
+    block_size: int | float = field(
+        default=64, metadata={"help": "size of a rotated block; a fraction of each dimension if fully_stochastic"}
+    )
+    num_neumann_terms: int = field(default=3, metadata={"help": "highest power of the Cayley-Neumann series"})
+    orthogonal_map: Literal["cayley_neumann", "cayley"] = field(
+        default="cayley_neumann", metadata={"help": "cayley_neumann, or cayley (exact)"}
+    )
+    merge_interval: int = field(default=0, metadata={"help": "optimizer steps between folds; 0 = never"})
+    reinit_interval: int | None = field(
+        default=None, metadata={"help": "optimizer steps between reinitialisations; None = with every fold, 0 = never"}
+    )
+    base_init: Literal["normalized", "xavier", "standard", "uniform_spectrum"] | None = field(
+        default=None, metadata={"help": "draw the targeted weights anew, to train from scratch"}
+    )
+    train_rest: bool = field(
+        default=False, metadata={"help": "train and save everything outside the rotated weights too"}
+    )
+    keep_initial_weights: bool = field(
+        default=False, metadata={"help": "keep a copy of the targeted weights, for disable_adapter after a fold"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of permutations, index sets and base_init"})
+    init_weights: bool = field(default=True, metadata={"help": "start at the identity"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "layers to rotate: names, a regular expression, or 'all-linear'"}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "layers to leave out: names or a regular expression"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "indexes of the transformer layers to rotate"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the layer list that layers_to_transform indexes"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "further modules to train in full and save"}
+    )
+    bias: Literal["none", "all", "poet_only"] = field(
+        default="none", metadata={"help": "biases that train: none, all or poet_only"}
+    )
+    block_size_pattern: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "block_size for layers whose name matches a key"}
+    )
+
+    @classmethod
+    def for_pretraining(cls, **overrides: Any) -> POETConfig:
+        """The configuration for training from random weights: all linear layers but the output head are rotated, from
+        "normalized" weights, folded every 400 steps, and everything else trains as usual."""
+        settings = {
+            "target_modules": "all-linear",
+            "block_size": 256,
+            "base_init": "normalized",
+            "merge_interval": 400,
+            "train_rest": True,
+        }
+        return cls(**{**settings, **overrides})
+
+    @property
+    def changes_base_weights(self) -> bool:
+        """Whether the targeted weights differ from the base model's, so that a checkpoint has to hold them."""
+        return self.merge_interval > 0 or self.base_init is not None
+
+    def reinitializes_at(self, step: int) -> bool:
+        """Whether the fold after optimizer step `step` also reinitialises."""
+        interval = self.merge_interval if self.reinit_interval is None else self.reinit_interval
+        return interval > 0 and step % interval == 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not owns_name():
+            raise RuntimeError(
+                "PEFT has its own method called POET, so poet_peft is not registered: use PEFT's configuration class."
+            )
+        self.peft_type = ensure_peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("orthogonal_map", self.orthogonal_map, _MAPS)
+        _check_choice("bias", self.bias, _BIASES)
+        if self.base_init is not None:
+            _check_choice("base_init", self.base_init, SCHEMES)
+        _check_block_size("block_size", self.block_size, self.variant)
+        for pattern, block_size in self.block_size_pattern.items():
+            _check_block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
+        _check_integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
+        _check_integer("merge_interval", self.merge_interval, minimum=0)
+        _check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        self._check_reinit_interval()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform; pass both, or neither.")
+        if self.train_rest and self.modules_to_save:
+            raise ValueError(
+                f"train_rest=True already trains and saves modules_to_save={self.modules_to_save}; leave it out."
+            )
+        if self.keep_initial_weights and self.merge_interval == 0:
+            raise ValueError(
+                "keep_initial_weights=True has no use with merge_interval=0, which never changes the weights; leave "
+                "it out."
+            )
+        if self.train_rest and self.keep_initial_weights:
+            raise ValueError(
+                "keep_initial_weights=True cannot bring back the original model with train_rest=True, which trains "
+                "parameters outside the targeted layers. Use a separate copy of the model as reference."
+            )
+
+    def _check_reinit_interval(self) -> None:
+        if self.reinit_interval is None:
+            return
+        _check_integer("reinit_interval", self.reinit_interval, minimum=0)
+        if self.merge_interval == 0 or self.reinit_interval % self.merge_interval:
+            raise ValueError(
+                f"reinit_interval={self.reinit_interval} must be a multiple of merge_interval={self.merge_interval}, "
+                "since permutations can only be drawn anew right after a fold. Pass None to do both together."
+            )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}={value!r} must be at most {maximum}.")
+
+
+def _check_block_size(name: str, value: Any, variant: str) -> None:
+    if isinstance(value, float):
+        if variant != "fully_stochastic":
+            raise ValueError(f"{name}={value!r}: a fraction needs variant='fully_stochastic'; pass an integer.")
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}={value!r}: a fraction of the dimension must lie in (0, 1].")
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 2 (a block of 1 cannot rotate).")

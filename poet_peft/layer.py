@@ -1,0 +1,392 @@
+"""The rotated layer: forward, merge, unmerge, fold."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .base_layers import at_least_fp32, features, weight_as_matrix
+from .config import POETConfig
+from .errors import POETMergeError, POETReferenceError
+from .ops import reference
+from .ops.paths import poet_linear
+from .primitives import partition_side
+from .rotation import Rotation
+
+
+_NUM_PROBES = 8
+
+
+class LayerFold(NamedTuple):
+    """What the fold of one layer did; see `MergeReport`."""
+
+    relative_output_change: float
+    orthogonality_error: float
+    norm: float
+    spectral_drift: float
+
+
+class POETLayer(BaseTunerLayer):
+    """Rotations of all adapters around one base layer.
+
+    Attributes:
+        poet_R, poet_P: the `Rotation` of the output and of the input side, by adapter. A side of one feature has none.
+        poet_schedule: int64 (3,) by adapter: the seed that index tensors are drawn from, the number of
+            reinitialisations (the epoch they are drawn for), the number of folds. Saved with the adapter, so that a
+            resumed run goes on with the permutations of the run that wrote the file.
+        poet_initial_weight: copy of the base weight from before any fold, with `keep_initial_weights`; else None.
+    """
+
+    adapter_layer_names = ("poet_R", "poet_P")
+    other_param_names = ("poet_schedule",)
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.out_features, self.in_features = features(self.get_base_layer())
+        self.poet_R = nn.ModuleDict()
+        self.poet_P = nn.ModuleDict()
+        self.poet_schedule = BufferDict(persistent=True)
+        self.register_buffer("poet_initial_weight", None, persistent=False)
+        self._unmerged_weight: Tensor | None = None
+        self._trains_rest = False
+        self._periodic_adapters: set[str] = set()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+
+    def update_layer(self, adapter_name: str, config: POETConfig) -> None:
+        """Add an adapter: the identity, or random rotations with `init_weights=False`."""
+        block_size = config.block_size
+        if config.block_size_pattern:
+            key = get_pattern_key(config.block_size_pattern.keys(), self.module_name)
+            block_size = config.block_size_pattern.get(key, block_size)
+
+        for side, rotations, dim in (("R", self.poet_R, self.out_features), ("P", self.poet_P, self.in_features)):
+            if dim == 1:
+                continue
+            rotation = Rotation(
+                partition_side(config.variant, block_size, dim),
+                side,
+                self.module_name,
+                orthogonal_map=config.orthogonal_map,
+                num_neumann_terms=config.num_neumann_terms,
+                seed=config.seed,
+            )
+            if not config.init_weights:
+                nn.init.normal_(rotation.weight, std=0.1 / rotation.partition.block_size**0.5)
+            rotations[adapter_name] = rotation
+        self.poet_schedule[adapter_name] = torch.tensor([config.seed, 0, 0])
+        self._trains_rest |= config.train_rest
+        if config.merge_interval:
+            self._periodic_adapters.add(adapter_name)
+        if config.keep_initial_weights and self.poet_initial_weight is None:
+            self.poet_initial_weight = self.get_base_layer().weight.detach().clone()
+
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # State of the schedule
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self.poet_schedule
+
+    def rotations(self, adapter_name: str) -> list[Rotation]:
+        """The adapter's rotations of this layer: both sides, or the one that has more than one feature."""
+        return [side[adapter_name] for side in (self.poet_R, self.poet_P) if adapter_name in side]
+
+    def is_periodic(self, adapter_name: str) -> bool:
+        """Whether the adapter is folded into the weight in training (`merge_interval > 0`)."""
+        return adapter_name in self._periodic_adapters
+
+    def seed(self, adapter_name: str) -> int:
+        return int(self.poet_schedule[adapter_name][0])
+
+    def epoch(self, adapter_name: str) -> int:
+        """Number of reinitialisations so far."""
+        return int(self.poet_schedule[adapter_name][1])
+
+    def num_folds(self, adapter_name: str) -> int:
+        return int(self.poet_schedule[adapter_name][2])
+
+    # Forward
+
+    def _tensors(self, adapter_names: list[str]) -> tuple[list[reference.RotationTensors], ...]:
+        def tensors(side: nn.ModuleDict) -> list[reference.RotationTensors]:
+            return [(side[name].index, side[name].offsets()) for name in adapter_names if name in side]
+
+        return tensors(self.poet_R), tensors(self.poet_P)
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if self.has_adapter(name)]
+
+    def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        R, P = self._tensors(self._active_here())
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is not None or hasattr(base_layer, "_hf_hook"):
+            return self._rotate_around(base_layer, x, R, P, *args, **kwargs)
+        weight = weight_as_matrix(base_layer)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            return poet_linear(x, weight, base_layer.bias, R, P)
+        x = self._cast_input_dtype(x, weight.dtype)
+        return poet_linear(x, weight, base_layer.bias, R, P).to(dtype)
+
+    def _rotate_around(
+        self,
+        base_layer: nn.Module,
+        x: Tensor,
+        R: list[reference.RotationTensors],
+        P: list[reference.RotationTensors],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The forward around a base layer whose weight cannot be read cheaply: `R (base(P x) - b) + b`."""
+        for rotation in reversed(P):
+            x = reference.rotate(x, rotation)
+        y = base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        bias = None if base_layer.bias is None else base_layer.bias.to(y.dtype)
+        y = y if bias is None else y - bias
+        for rotation in R:
+            y = reference.rotate(y, rotation)
+        return y if bias is None else y + bias
+
+    def _original_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.poet_initial_weight is None:
+            return self.base_layer(x, *args, **kwargs)
+        base_layer = self.get_base_layer()
+        return F.linear(x, weight_as_matrix(base_layer, self.poet_initial_weight), base_layer.bias)
+
+    # Merge and unmerge
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight by `R W P`, keeping a copy of `W` so that `unmerge` is exact.
+
+        Args:
+            safe_merge: refuse a merged weight with NaN or infinite entries, before anything is changed.
+            adapter_names: the adapters to merge, in this order; None = all active ones.
+        """
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not adapter_names:
+            return
+        R, P = self._tensors(adapter_names)
+        with torch.no_grad():
+            merged = reference.effective_weight(at_least_fp32(self._matrix()), R, P)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights of {self.module_name!r}. The adapter "
+                f"{', '.join(adapter_names)} seems to be broken."
+            )
+        if self._unmerged_weight is None:
+            self._unmerged_weight = self._copy_of_base_weight()
+        self._write_matrix(merged)
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        """Bring back the base weight from before `merge`, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self._restore_base_weight(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    @property
+    def base_weight_to_save(self) -> Tensor:
+        """The base weight without any merged adapter."""
+        return self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
+
+    def _matrix(self) -> Tensor:
+        """The base weight (out, in), dequantized if need be."""
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(base_layer)
+        return weight_as_matrix(base_layer)
+
+    @torch.no_grad()
+    def _write_matrix(self, matrix: Tensor) -> None:
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self, matrix.to(self._matrix().dtype))
+        else:
+            weight_as_matrix(self.get_base_layer()).copy_(matrix)
+
+    def _copy_of_base_weight(self) -> Tensor:
+        weight = self.get_base_layer().weight
+        # Quantized weights are replaced as objects, not written to.
+        return weight if self.quantization_backend is not None else weight.detach().clone()
+
+    @torch.no_grad()
+    def _restore_base_weight(self, weight: Tensor) -> None:
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is None:
+            base_layer.weight.copy_(weight)
+            return
+        base_layer.weight = weight
+        if hasattr(base_layer, "state"):
+            base_layer.state.reset_grads()
+
+    # Fold
+
+    def check_foldable(self, adapter_name: str) -> None:
+        """Refuse a fold that would be wrong, before anything is changed.
+
+        Raises:
+            POETMergeError: names the module, what is in the way, and the way out.
+        """
+        if self.merged:
+            raise POETMergeError(
+                f"{self.module_name!r} has the adapter {self.merged_adapters} merged into its weight, so its "
+                "rotations cannot be folded into it a second time. Call unmerge_adapter() first."
+            )
+        adapters = list(self.poet_schedule.keys())
+        if len(adapters) > 1:
+            raise POETMergeError(
+                f"{self.module_name!r} carries the adapters {adapters}; folding one of them into the shared weight "
+                "would change the others. Delete the others, or train them with merge_interval=0."
+            )
+        for rotation in self.rotations(adapter_name):
+            if not rotation.is_finite():
+                raise POETMergeError(
+                    f"the rotation {rotation.side} of {self.module_name!r} has NaN or infinite parameters. No weight "
+                    "was changed. Go back to the last checkpoint and lower the learning rate of the rotations."
+                )
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str, reinitialize: bool = True) -> LayerFold:
+        """`W <- R W P` in place, computed in fp32 at least, and `Q <- 0`; then new permutations, if asked for."""
+        R_side, P_side = self.poet_R, self.poet_P
+        rotations = self.rotations(adapter_name)
+        orthogonality_error = max(rotation.orthogonality_error() for rotation in rotations)
+        norm = max(rotation.norm() for rotation in rotations)
+
+        weight = at_least_fp32(weight_as_matrix(self.get_base_layer()))
+        probes = torch.randn(_NUM_PROBES, self.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+        before = reference.poet_linear(probes, weight, None, *self._tensors([adapter_name]))
+
+        survival = 1.0
+        tensors: dict[str, list[reference.RotationTensors]] = {"R": [], "P": []}
+        for side in (R_side, P_side):
+            if adapter_name in side:
+                offsets, drift = side[adapter_name].offsets_for_fold()
+                tensors[side[adapter_name].side].append((side[adapter_name].index, offsets))
+                survival *= 1 - min(drift, 1.0)
+        self._write_matrix(reference.effective_weight(weight, tensors["R"], tensors["P"]))
+
+        after = F.linear(probes, weight_as_matrix(self.get_base_layer()).to(weight.dtype))
+        for rotation in rotations:
+            rotation.reset()
+        self.poet_schedule[adapter_name][2] += 1
+        if reinitialize:
+            self.poet_schedule[adapter_name][1] += 1
+            for rotation in rotations:
+                rotation.redraw(self.seed(adapter_name), self.epoch(adapter_name))
+
+        change = torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before).clamp_min(1e-30)
+        return LayerFold(float(change), orthogonality_error, norm, 1 - survival)
+
+    # The original model
+
+    def check_original_available(self, operation: str) -> None:
+        """Refuse an operation that needs the weights from before training, if they are gone.
+
+        Raises:
+            POETReferenceError: names the module and the ways out.
+        """
+        ways_out = (
+            "a separate copy of the model as reference (in TRL: ref_model=...), or training without folds "
+            "(merge_interval=0, train_rest=False)"
+        )
+        if self._trains_rest:
+            raise POETReferenceError(
+                f"{operation} cannot give the original model: train_rest=True trains parameters outside the rotated "
+                f"layers. Ways out: {ways_out}."
+            )
+        folds = max((self.num_folds(name) for name in self.poet_schedule), default=0)
+        if folds and self.poet_initial_weight is None:
+            raise POETReferenceError(
+                f"{operation} cannot give the original model: the rotations of {self.module_name!r} were folded into "
+                f"its weight {folds} times. Ways out: POETConfig(keep_initial_weights=True), {ways_out}."
+            )
+
+    def restore_initial_weight(self) -> None:
+        """Write the weight from before any fold back into the base layer, if a copy is kept."""
+        if self.poet_initial_weight is not None:
+            self._restore_base_weight(self.poet_initial_weight)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.check_original_available("disable_adapter")
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.check_deletable(adapter_name)
+        if self.has_adapter(adapter_name) and self.num_folds(adapter_name):
+            self.restore_initial_weight()
+        self._periodic_adapters.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def check_deletable(self, adapter_name: str) -> None:
+        """Refuse to delete an adapter whose folds cannot be taken back."""
+        if not self.has_adapter(adapter_name):
+            return
+        if self._trains_rest or self.num_folds(adapter_name):
+            self.check_original_available("delete_adapter")
+        others = [name for name in self.poet_schedule if name != adapter_name]
+        if self.num_folds(adapter_name) and others:
+            raise POETReferenceError(
+                f"{adapter_name!r} was folded into the weight of {self.module_name!r}, which the adapters {others} "
+                "are built on: deleting it would change them. Delete those first, or merge_and_unload()."
+            )
+
+    # Scaling, which PEFT asks of every layer, has no meaning for a rotation
+
+    def scale_layer(self, scale: float) -> None:
+        if scale != 1 and self._active_here():
+            warnings.warn("POET's rotations cannot be scaled; the scale stays 1.")
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        if scale not in (None, 1) and self._active_here():
+            warnings.warn("POET's rotations cannot be scaled; the scale stays 1.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class Linear(nn.Module, POETLayer):
+    """POET around an `nn.Linear` (also quantized) or transformers' `Conv1D`: `y = R W P x + bias`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: POETConfig, module_name: str, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        POETLayer.__init__(self, base_layer, module_name, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._original_forward(x, *args, **kwargs)
+        if self.merged or not self._active_here():
+            return self.base_layer(x, *args, **kwargs)
+        return self._rotated_forward(x, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "poet." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

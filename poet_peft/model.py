@@ -1,0 +1,329 @@
+"""`POETModel`: injection into a model, and what goes into and comes out of an adapter file."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import Tensor, nn
+
+from .base_layers import check_supported, features, weight_as_matrix
+from .checkpoint import check_adapter_tensors, load_base_tensors
+from .config import POETConfig
+from .initialization import draw_weight
+from .layer import Linear, POETLayer
+from .primitives import partition_side
+
+
+_CONTAINERS = "poet_R|poet_P|poet_schedule"
+
+
+def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
+    """All rotated layers of a model with their names in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, POETLayer):
+            yield name, module
+
+
+class POETModel(BaseTuner):
+    """POET (arXiv 2506.08001) around the linear layers of a model: `y = R W P x + bias`, `W` frozen.
+
+    Usually made by `get_peft_model(model, POETConfig(...))`.
+
+    Args:
+        model: the model whose layers are rotated, in place.
+        config: a `POETConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be loaded next.
+
+    Raises:
+        TypeError: a targeted layer is of a kind that cannot be rotated.
+        ValueError: a targeted layer shares its weight with another, or the configuration does not fit the model.
+    """
+
+    prefix: str = "poet_"
+    tuner_layer_cls = POETLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("state_dict") is None:
+            self._check_targets(model, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check_targets(self, model: nn.Module, config: POETConfig) -> None:
+        """All refusals and warnings about the targeted layers, before the model is touched."""
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        targets_all_linear = config.target_modules == "all-linear"
+        config = _maybe_include_all_linear_layers(config, model)
+        targets = [
+            (name, module)
+            for name, module in model.named_modules()
+            if name and self._check_target_module_exists(config, name)
+        ]
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        targets = [(name, module) for name, module in targets if not name.startswith(inside)]
+
+        owners = _weight_owners(model)
+        clipped = []
+        for name, module in targets:
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
+            check_supported(name, layer, **quantization_kwargs)
+            _check_not_shared(name, layer, owners)
+            _check_base_can_change(name, layer, config)
+            clipped += _check_block_size(name, layer, config)
+        if clipped:
+            warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
+        _warn_of_unmatched_patterns(config, [name for name, _ in targets])
+        if targets_all_linear:
+            _warn_of_stacked_experts(model)
+        if config.base_init is not None:
+            _warn_if_pretrained(model, config)
+
+    def _check_new_adapter_config(self, config: POETConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) < 2:
+            return
+        for name, other in self.peft_config.items():
+            if other.train_rest:
+                raise ValueError(
+                    f"the adapter {name!r} has train_rest=True, which changes parameters that every adapter of the "
+                    "model depends on: it cannot be combined with others. Train it in a model of its own."
+                )
+        if config.base_init is not None:
+            raise ValueError(
+                f"base_init={config.base_init!r} would draw weights anew that the model's other adapters are built "
+                "on. Pass base_init=None."
+            )
+
+    def _create_and_replace(
+        self,
+        config: POETConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, POETLayer):
+            target.update_layer(adapter_name, config)
+            return
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization_kwargs = get_quantization_kwargs(self)
+        check_supported(current_key, layer, **{k: v for k, v in quantization_kwargs.items() if v is not None})
+        if features(layer) == (1, 1):
+            warnings.warn(f"{current_key!r} has one input and one output feature: nothing to rotate, left as it is.")
+            return
+        if config.base_init is not None and not layer.weight.is_meta:
+            matrix = weight_as_matrix(layer)
+            with torch.no_grad():
+                matrix.copy_(draw_weight(*matrix.shape, config.base_init, seed=config.seed, module_name=current_key))
+        new_module = Linear(target, adapter_name, config, current_key, **quantization_kwargs)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter_name in self.active_adapters:
+            config = self.peft_config[adapter_name]
+            if config.train_rest and not config.inference_mode:
+                rest = _rest_keys(model, dict(model.named_parameters(remove_duplicate=False)))
+                for name, parameter in model.named_parameters(remove_duplicate=False):
+                    if name in rest and parameter.dtype.is_floating_point:
+                        parameter.requires_grad = True
+
+    # Operations that need care once weights have changed
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "POET does not support adapter_names=..., different adapters for the samples of one batch. Split the "
+                "batch by adapter and call set_adapter() in between."
+            )
+        yield
+
+    def disable_adapter_layers(self) -> None:
+        for _, layer in poet_layers(self.model):
+            layer.check_original_available("disable_adapter")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for _, layer in poet_layers(self.model):
+            layer.check_deletable(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Remove the adapter and return the original model.
+
+        Raises:
+            POETReferenceError: the original weights are gone, see `POETConfig.keep_initial_weights`.
+        """
+        layers = [layer for _, layer in poet_layers(self.model)]
+        for layer in layers:
+            layer.check_original_available("unload")
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+            layer.restore_initial_weight()
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in poet_layers(self.model):
+            backend = layer.quantization_backend
+            if backend is not None and not backend.supports_merge:
+                raise ValueError(f"{name!r} is quantized by {backend.backend_name}, which cannot take merged weights.")
+
+    # What a file holds
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: POETConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.train_rest:
+            selected.update({key: state_dict[key] for key in _rest_keys(model, state_dict)})
+        if config.changes_base_weights:
+            for name, layer in poet_layers(model):
+                if layer.has_adapter(adapter_name):
+                    key = f"{name.removeprefix('_fsdp_wrapped_module.')}.base_layer.weight"
+                    saved = state_dict.get(key)
+                    selected[key] = layer.base_weight_to_save.detach() if layer.merged or saved is None else saved
+        return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Only behind our own containers: an adapter may be called "weight" or like any module of the base model.
+        name = re.escape(adapter_name)
+        return re.sub(rf"((?:^|\.)(?:{_CONTAINERS}))\.{name}(?=$|\.(?:weight|index)$)", r"\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: POETConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        current = model.state_dict()
+        if not any(key.startswith("base_model.model.") for key in current):
+            remapped = {key.removeprefix("base_model.model."): tensor for key, tensor in remapped.items()}
+
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        adapter = _filter_state_dict_by_key_prefixes(remapped, prefixes)
+        expected = _filter_state_dict_by_key_prefixes(current, prefixes)
+        layers = {name: layer for name, layer in poet_layers(model) if layer.has_adapter(adapter_name)}
+        base = {key: tensor for key, tensor in remapped.items() if key not in adapter}
+        required = {f"{name}.base_layer.weight" for name in layers} if config.changes_base_weights else set()
+        if config.train_rest:
+            required |= _rest_keys(model, current)
+
+        check_adapter_tensors(adapter_name, layers, adapter, expected)
+        return {**adapter, **load_base_tensors(model, config, adapter_name, layers, base, required)}
+
+
+def _rest_keys(model: nn.Module, state_dict: dict[str, Any]) -> set[str]:
+    """Keys of everything outside the rotated weights and the adapters: what `train_rest` trains and saves."""
+    excluded = _get_tuner_state_dict_key_prefixes(model)
+    for name, module in model.named_modules():
+        name = name.removeprefix("_fsdp_wrapped_module.")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            excluded.add(name)
+        elif isinstance(module, POETLayer):
+            excluded.add(f"{name}.base_layer.weight")
+    return {key for key in state_dict if not _is_key_under_prefixes(key, excluded)}
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    return owners
+
+
+def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:
+    names = owners.get(id(getattr(layer, "weight", None)), [])
+    if len(names) > 1:
+        raise ValueError(
+            f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation of "
+            f"one would change the other, or untie them. Add {name!r} to exclude_modules."
+        )
+
+
+def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig) -> None:
+    if config.changes_base_weights and not layer.weight.dtype.is_floating_point:
+        raise ValueError(
+            f"{name!r} is quantized ({layer.weight.dtype}): folding (merge_interval={config.merge_interval}) or "
+            f"drawing (base_init={config.base_init!r}) its weight would requantize it. Use merge_interval=0 and "
+            "base_init=None."
+        )
+
+
+def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[str]:
+    """The sides that a block does not fit, as text. Raises ValueError if that cannot be clipped."""
+    key = get_pattern_key(config.block_size_pattern.keys(), name)
+    block_size = config.block_size_pattern.get(key, config.block_size)
+    clipped = []
+    for side, dim in zip(("output", "input"), features(layer), strict=True):
+        if dim == 1:
+            continue
+        try:
+            partition = partition_side(config.variant, block_size, dim)
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r}: {error} ({side} side). Pass a fraction, a smaller block_size, or a block_size_pattern "
+                "for this layer."
+            ) from error
+        if isinstance(block_size, int) and partition.block_size < block_size:
+            clipped.append(f"{name!r} {side} side, {block_size} to {dim}")
+    return clipped
+
+
+def _warn_of_unmatched_patterns(config: POETConfig, names: list[str]) -> None:
+    unmatched = [
+        pattern
+        for pattern in config.block_size_pattern
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    ]
+    if unmatched:
+        warnings.warn(f"block_size_pattern has keys that match no targeted layer and were ignored: {unmatched}.")
+
+
+def _warn_of_stacked_experts(model: nn.Module) -> None:
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    if experts:
+        warnings.warn(
+            "target_modules='all-linear' does not reach expert weights that are stacked into one 3-D parameter; they "
+            f"are not rotated: {', '.join(experts)}."
+        )
+
+
+def _warn_if_pretrained(model: nn.Module, config: POETConfig) -> None:
+    source = getattr(model, "name_or_path", "")
+    if source and not config.inference_mode:
+        warnings.warn(
+            f"base_init={config.base_init!r} throws away the weights of the targeted layers of {source!r} and draws "
+            "them at random. For fine-tuning pass base_init=None."
+        )

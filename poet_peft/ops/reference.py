@@ -1,0 +1,68 @@
+"""The readable definition of a rotated linear layer, `y = R W P x + bias`. Works in any dtype, float64 included.
+
+A rotation is a pair `(index, offsets)`: `index` (k,) names the rotated features, `offsets` holds `G - I` of its
+consecutive blocks, a list of batched square matrices (num_blocks, b, b) whose sizes add up to k. All other features
+stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+RotationTensors = tuple[Tensor, list[Tensor]]
+
+
+def rotate(x: Tensor, rotation: RotationTensors, transpose: bool = False) -> Tensor:
+    """Rotate the last dimension: (..., dim) -> (..., dim).
+
+    Computed as `x + (G - I) x`, which keeps the precision of `x` whatever the dtype of the products is.
+
+    Args:
+        transpose: apply the transposed blocks. `rotate(W, P, transpose=True)` is the matrix product `W P`, since it
+            takes each row `w` to `w P = (P^T w)^T`.
+    """
+    index, offsets = rotation
+    selected = x.index_select(-1, index)
+    changes = []
+    start = 0
+    for offset in offsets:
+        num_blocks, b, _ = offset.shape
+        blocks = selected.narrow(-1, start, num_blocks * b).unflatten(-1, (num_blocks, b))
+        equation = "...ni,nij->...nj" if transpose else "...nj,nij->...ni"
+        changes.append(torch.einsum(equation, blocks, offset.to(x.dtype)).flatten(-2))
+        start += num_blocks * b
+    return x.index_add(-1, index, torch.cat(changes, dim=-1).to(x.dtype))
+
+
+def effective_weight(weight: Tensor, R: Sequence[RotationTensors], P: Sequence[RotationTensors]) -> Tensor:
+    """`R_n ... R_1 W P_1 ... P_n`, shape (out, in): one adapter's rotations after the other's, first innermost."""
+    for rotation in P:
+        weight = rotate(weight, rotation, transpose=True)
+    for rotation in R:
+        weight = rotate(weight.mT, rotation).mT
+    return weight
+
+
+def poet_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    R: Sequence[RotationTensors],
+    P: Sequence[RotationTensors],
+) -> Tensor:
+    """`R_n ... R_1 W P_1 ... P_n x + bias`: (..., in) -> (..., out). The bias is not rotated.
+
+    Args:
+        weight: (out, in).
+    """
+    for rotation in reversed(P):
+        x = rotate(x, rotation)
+    y = F.linear(x, weight)
+    for rotation in R:
+        y = rotate(y, rotation)
+    return y if bias is None else y + bias

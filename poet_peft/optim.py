@@ -1,0 +1,110 @@
+"""Parameter groups for any torch optimizer, and the reset of optimizer state after a reinitialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .model import poet_layers
+
+
+def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups of a model with POET layers, for any torch optimizer.
+
+    An Adam step turns a block of size b by about `poet_lr * 2 sqrt(b)` radians whatever the gradient's size, so good
+    values of `poet_lr` shrink with the block size: the paper uses 1e-3 for b = 256, 2e-3 for 128 and 4e-3 for 64 in
+    pretraining. It is apart from the learning rate of everything else.
+
+    Args:
+        model: a model with POET layers, wrapped by PEFT or not.
+        lr: learning rate of everything but the rotations: embeddings, norms, head, biases.
+        poet_lr: learning rate of the rotations. 0 keeps them where they are.
+        weight_decay: of matrices outside the rotated layers, such as the output head. Rotations, embeddings, norms
+            and biases never decay.
+
+    Returns:
+        The groups "poet", "decay" and "no_decay" (the key "name"), without the empty ones.
+
+    Raises:
+        ValueError: a negative value, or no rotation in the model is trainable.
+    """
+    for name, value in (("lr", lr), ("poet_lr", poet_lr), ("weight_decay", weight_decay)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative.")
+    rotations = {id(parameter) for parameter in rotation_parameters(model) if parameter.requires_grad}
+    if not rotations:
+        raise ValueError(
+            "the model has no trainable rotation: wrap it first, get_peft_model(model, POETConfig(...)), and load "
+            "adapters to train further with is_trainable=True."
+        )
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    groups: dict[str, dict[str, Any]] = {
+        "poet": {"params": [], "lr": poet_lr, "weight_decay": 0.0, "name": "poet"},
+        "decay": {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "decay"},
+        "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0, "name": "no_decay"},
+    }
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in rotations:
+            name = "poet"
+        elif id(parameter) in embeddings or parameter.dim() < 2 or weight_decay == 0:
+            name = "no_decay"
+        else:
+            name = "decay"
+        groups[name]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def rotation_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all rotations of all adapters."""
+    return [
+        rotation.weight
+        for _, layer in poet_layers(model)
+        for adapter_name in layer.poet_schedule
+        for rotation in layer.rotations(adapter_name)
+    ]
+
+
+def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> int:
+    """Make the optimizer's state of these parameters what it is before the first step.
+
+    The state is dropped, which is fresh state bit for bit for torch's optimizers. Where the optimizer keeps hold of
+    the tensors (capturable and paged optimizers), they are set to zero in place instead.
+
+    Returns:
+        Number of parameters whose state was reset; those without state need none.
+
+    Raises:
+        ValueError: the optimizer has none of the parameters in its groups.
+    """
+    parameters = list(parameters)
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in group_of for parameter in parameters):
+        raise ValueError(
+            "the optimizer has none of the model's rotations in its parameter groups, so nothing could be reset. Make "
+            "it after get_peft_model() and load_adapter(), which create new parameters."
+        )
+    num_reset = 0
+    for parameter in parameters:
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        if group_of[id(parameter)].get("capturable") or any(getattr(t, "is_paged", False) for t in tensors):
+            for tensor in tensors:
+                tensor.zero_()
+        else:
+            del optimizer.state[parameter]
+        num_reset += 1
+    return num_reset

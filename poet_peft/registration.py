@@ -1,0 +1,58 @@
+"""The one place that touches PEFT's enum and mappings."""
+
+from __future__ import annotations
+
+import warnings
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.utils import PeftType, register_peft_method
+
+
+_NAME = "POET"
+
+
+def ensure_peft_type() -> PeftType:
+    """Return `PeftType.POET`, adding it to PEFT's enum on the first call.
+
+    An enum cannot be subclassed once it has members, so the member is built by hand: the same attributes that
+    `EnumType` gives a member of a `str` enum, which keeps lookup by value, iteration, comparison and pickling intact.
+    """
+    if _NAME in PeftType.__members__:
+        return PeftType[_NAME]
+    member = str.__new__(PeftType, _NAME)
+    member._name_ = _NAME
+    member._value_ = _NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    type.__setattr__(PeftType, _NAME, member)
+    PeftType._member_names_.append(_NAME)
+    PeftType._member_map_[_NAME] = member
+    PeftType._value2member_map_[_NAME] = member
+    return member
+
+
+def owns_name() -> bool:
+    """Whether the name POET is this package's in PEFT, or still free."""
+    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(ensure_peft_type())
+    return config_cls is None or config_cls.__module__.partition(".")[0] == __package__
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Make POET known to PEFT. Silent, and safe to call again.
+
+    If PEFT itself has a method called POET, PEFT's own is kept and a warning says so.
+    """
+    peft_type = ensure_peft_type()
+    if not owns_name():
+        warnings.warn(
+            "This version of PEFT has its own method called POET, which is kept: poet_peft is not registered. Use "
+            "PEFT's configuration class, or a version of PEFT without it."
+        )
+    elif peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    else:
+        register_peft_method(name=_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

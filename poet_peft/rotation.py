@@ -1,0 +1,125 @@
+"""One side's rotation as a module: its skew-symmetric parameters and the features that they rotate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .orthogonal import (
+    cayley_neumann_offset,
+    cayley_offset,
+    orthogonality_error,
+    skew,
+    skew_norm,
+)
+from .primitives import BlockPartition, Side, draw_index
+
+
+# A series this long is orthogonal to rounding wherever it is used (theta^16 for theta < 0.04).
+_LONG_SERIES = 15
+_UNNOTICED = 1e-6
+
+
+class Rotation(nn.Module):
+    """The orthogonal factor `R` (output side) or `P` (input side) of one layer and adapter.
+
+    Args:
+        partition: how the features of the side are cut into blocks.
+        side: "R" or "P".
+        module_name: name of the rotated layer in the base model; part of what `index` is drawn from.
+        orthogonal_map: "cayley_neumann" or "cayley".
+        num_neumann_terms: `k` of the Cayley-Neumann series.
+
+    Attributes:
+        weight: strict upper triangles of the blocks' `Q`, row-major, one block after the other, shape
+            (partition.num_parameters,). Zero is the identity.
+        index: rotated features in block order, int32, shape (partition.num_rotated,).
+    """
+
+    def __init__(
+        self,
+        partition: BlockPartition,
+        side: Side,
+        module_name: str,
+        orthogonal_map: str = "cayley_neumann",
+        num_neumann_terms: int = 3,
+        seed: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        super().__init__()
+        self.partition = partition
+        self.side = side
+        self.module_name = module_name
+        self.orthogonal_map = orthogonal_map
+        self.num_neumann_terms = num_neumann_terms
+        self.weight = nn.Parameter(torch.zeros(partition.num_parameters))
+        self.register_buffer("index", self.draw_index(seed, epoch))
+
+    def draw_index(self, seed: int, epoch: int) -> Tensor:
+        """The index that belongs to a seed and an epoch, on the CPU."""
+        return draw_index(self.partition, seed=seed, module_name=self.module_name, side=self.side, epoch=epoch)
+
+    def skew_blocks(self) -> list[Tensor]:
+        """The blocks' `Q` in the parameter's dtype, at least fp32: (num_full_blocks, b, b) and, with a remainder r,
+        (1, r, r)."""
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        b, r = self.partition.block_size, self.partition.remainder
+        num_full = self.partition.num_full_blocks
+        split = num_full * (b * (b - 1) // 2)
+        blocks = [skew(weight[:split].view(num_full, -1), b)]
+        if r:
+            blocks.append(skew(weight[split:].view(1, -1), r))
+        return blocks
+
+    def offsets(self) -> list[Tensor]:
+        """`G - I` of the blocks, in the shapes and dtype of `skew_blocks`. Always computed in full precision: under
+        bf16 autocast alone the orthogonality error grows from 2e-7 to 4e-4."""
+        with torch.autocast(device_type=self.weight.device.type, enabled=False):
+            return [self._map(Q) for Q in self.skew_blocks()]
+
+    def _map(self, Q: Tensor) -> Tensor:
+        if self.orthogonal_map == "cayley":
+            return cayley_offset(Q)
+        return cayley_neumann_offset(Q, self.num_neumann_terms)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.weight).all())
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """`theta`, the largest singular value of all blocks' `Q`: the largest plane angle is `2 atan(theta)`."""
+        return max(float(skew_norm(Q).amax()) for Q in self.skew_blocks())
+
+    @torch.no_grad()
+    def orthogonality_error(self) -> float:
+        """The largest entry of `|G^T G - I|`."""
+        identity_plus = [offset + torch.eye(offset.shape[-1]).to(offset) for offset in self.offsets()]
+        return max(float(orthogonality_error(G)) for G in identity_plus)
+
+    @torch.no_grad()
+    def offsets_for_fold(self) -> tuple[list[Tensor], float]:
+        """`G - I` to fold into the weight, and how far its singular values may lie from 1.
+
+        The series' own `G`, so that the fold changes no output. Where the series is so close to orthogonal that the
+        output cannot notice (error below 1e-6), the orthogonal matrix next to it, so that nothing drifts.
+        """
+        if self.orthogonal_map == "cayley":
+            return self.offsets(), 0.0
+        error = self.norm() ** (self.num_neumann_terms + 1)
+        if error > _UNNOTICED or self.num_neumann_terms % 2 == 0:
+            return self.offsets(), error
+        return [cayley_neumann_offset(Q, _LONG_SERIES) for Q in self.skew_blocks()], 0.0
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the identity, in place."""
+        self.weight.zero_()
+
+    @torch.no_grad()
+    def redraw(self, seed: int, epoch: int) -> None:
+        """Take the index of another epoch, in place."""
+        self.index.copy_(self.draw_index(seed, epoch))
+
+    def extra_repr(self) -> str:
+        p = self.partition
+        return f"dim={p.dim}, num_rotated={p.num_rotated}, block_size={p.block_size}, map={self.orthogonal_map}"
