@@ -208,12 +208,13 @@ def linear_weights(model):
 
 
 def adamw_groups(model, lr, matrix_lr, weight_decay):
-    matrices = linear_weights(model)
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    """The groups of `poet_param_groups`, with the linear layers in the place of their rotations."""
+    linear, head = linear_weights(model), model.get_output_embeddings().weight
+    others = {id(p) for p in [*linear, head]}
     return [
-        {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay},
-        {"params": rest, "lr": lr, "weight_decay": 0.0},
+        {"params": linear, "lr": matrix_lr, "weight_decay": weight_decay},
+        {"params": [head], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in others], "lr": lr, "weight_decay": 0.0},
     ]
 
 
@@ -232,10 +233,10 @@ def plot(log, final_loss, path, title):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for key, label, style in ("loss", "training", "-"), ("eval_loss", "held-out files, sample", "o-"):
+    for key, label, style in ("loss", "training", "-"), ("eval_loss", "held-out text", "o-"):
         points = [(entry["num_input_tokens_seen"], entry[key]) for entry in log if key in entry]
         axes.plot(*zip(*points), style, label=label, markersize=4, linewidth=1.2)
-    axes.axhline(final_loss, color="gray", linestyle="--", linewidth=1, label=f"held-out files, end: {final_loss:.3f}")
+    axes.axhline(final_loss, color="gray", linestyle="--", linewidth=1, label=f"held-out text, end: {final_loss:.3f}")
     axes.set(xlabel="training tokens", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -323,7 +324,7 @@ def main():
         "log": trainer.state.log_history,
     }
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
-    plot(trainer.state.log_history[:-1], loss, output_dir / "loss.png", f"{args.method}, {num_total / 1e6:.1f}M parameters")
+    plot(trainer.state.log_history, loss, output_dir / "loss.png", f"{args.method}, {num_total / 1e6:.1f}M parameters")
 
     set_seed(train_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
@@ -331,10 +332,13 @@ def main():
     sample = reloaded.generate(prompt, max_new_tokens=64, do_sample=True, temperature=0.7, top_k=50)
     print(f"\n--- sample of the reloaded checkpoint, after {tokenizer.decode(prompt[0])!r}")
     print(tokenizer.decode(sample[0, 16:]))
-    print("\n--- ")
-    for name in "method", "eval_loss", "eval_perplexity", "train_tokens", "peak_memory_mb", "seconds":
-        print(f"{name:20} {metrics[name]}")
-    print(f"written to {output_dir}")
+    memory = "unknown" if memory is None else f"{memory:,.0f} MB"
+    print(f"""
+method        {args.method}
+parameters    {num_total:,}, trained {num_trained:,}, of them in the linear layers {num_trained - num_rest:,}
+training      {metrics["train_tokens"]:,} tokens, {metrics["seconds"]:.0f} s in all, peak memory {memory}
+validation    loss {loss:.4f}, perplexity {math.exp(loss):.2f} on {metrics["eval_tokens"]:,} held-out tokens
+written to    {output_dir}""")
 
 
 if __name__ == "__main__":

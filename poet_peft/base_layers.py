@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,8 +39,3 @@ def features(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """The arithmetic of folds and merges: fp32, or fp64 where the weight is."""
-    return x if x.dtype == torch.float64 else x.float()

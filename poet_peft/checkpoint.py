@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .config import POETConfig
 from .errors import POETCheckpointError
 from .layer import POETLayer
+from .precision import join, split
 
 
 def check_adapter_tensors(
@@ -42,7 +43,7 @@ def check_adapter_tensors(
                 f"the adapter {adapter_name!r} is merged into {name!r}, so loading it again would not change what the "
                 "model computes. Call unmerge_adapter() first."
             )
-        seed, epoch, num_folds = tensors[f"{name}.poet_schedule.{adapter_name}"].tolist()
+        seed, epoch, num_folds, _ = tensors[f"{name}.poet_schedule.{adapter_name}"].tolist()
         for rotation in layer.rotations(adapter_name):
             index = tensors[f"{name}.poet_{rotation.side}.{adapter_name}.index"].cpu()
             if epoch > num_folds or not torch.equal(index, rotation.draw_index(seed, epoch)):
@@ -53,6 +54,32 @@ def check_adapter_tensors(
                 )
 
 
+def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fit weights that a file holds in 16 bits and a residual (`precision.split`) to the model's dtype, either way.
+
+    A file from bf16 training loads into an fp32 model with the digits of its residuals, and the other way round.
+    """
+    tensors = dict(tensors)
+    for name, layer in layers.items():
+        base_key, residual_key = f"{name}.base_layer.weight", f"{name}.poet_residual.{adapter_name}"
+        weight = tensors.get(base_key)
+        in_model = adapter_name in layer.poet_residual
+        # Without a residual in the model, its key was not given the adapter's name.
+        residual = tensors.pop(residual_key, None)
+        residual = tensors.pop(f"{name}.poet_residual", residual)
+        dtype = layer.get_base_layer().weight.dtype
+        if weight is None or (residual is None and not in_model):
+            continue
+        if residual is not None and in_model and weight.dtype == dtype:
+            tensors[residual_key] = residual
+            continue
+        exact = weight if residual is None else join(weight, residual)
+        tensors[base_key] = exact
+        if in_model:
+            tensors[base_key], tensors[residual_key] = split(exact.float(), dtype)
+    return tensors
+
+
 def load_base_tensors(
     model: nn.Module,
     config: POETConfig,
@@ -60,6 +87,7 @@ def load_base_tensors(
     layers: dict[str, POETLayer],
     tensors: dict[str, Tensor],
     required: set[str],
+    optional: set[str],
 ) -> dict[str, Tensor]:
     """Load a file's tensors outside the adapter into the model, in place, and return those left to PEFT.
 
@@ -69,15 +97,15 @@ def load_base_tensors(
     Args:
         tensors: the file's tensors outside the adapter, under the model's names.
         required: keys that the configuration says the file holds.
+        optional: keys that PEFT may have put there.
 
     Raises:
         POETCheckpointError: tensors are missing, unknown or of another shape, or the file and the configuration
             disagree on whether base weights belong in it, or another adapter would be changed.
     """
     current = model.state_dict()
-    base_weights = {f"{name}.base_layer.weight" for name in layers}
     _raise_if(_names(required - tensors.keys()), f"lacks base weights, which {_regime(config)} saves", _SAME_CONFIG)
-    unknown = [key for key in tensors if key not in current or (key in base_weights and key not in required)]
+    unknown = tensors.keys() - required - optional
     _raise_if(_names(unknown), f"has tensors that do not belong into it with {_regime(config)}", _SAME_CONFIG)
     _raise_if(
         [
@@ -88,6 +116,14 @@ def load_base_tensors(
         "has tensors of another shape",
         "Load it into the model that it was trained from.",
     )
+    for names in parameter_names(model).values():
+        given = [name for name in names if name in tensors]
+        for name in given[1:]:
+            if not torch.equal(tensors[name], tensors[given[0]]):
+                raise POETCheckpointError(
+                    f"the file holds different values for {given[0]!r} and {name!r}, which share one parameter in this "
+                    "model. Load it into a model that does not tie them (tie_word_embeddings=False)."
+                )
     for name, layer in layers.items():
         others = [other for other in layer.poet_schedule if other != adapter_name]
         key = f"{name}.base_layer.weight"
@@ -103,6 +139,14 @@ def load_base_tensors(
             if not current[key].is_meta:
                 current[key].copy_(tensors[key])
     return {key: tensor for key, tensor in tensors.items() if key not in required or current[key].is_meta}
+
+
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 _SAME_CONFIG = "Load it with the adapter_config.json that was saved beside it."

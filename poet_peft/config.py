@@ -43,6 +43,9 @@ class POETConfig(PeftConfig):
             with the adapter. For pretraining.
         keep_initial_weights: keep a copy of the targeted weights, so that `disable_adapter` and `unload` still give
             the original model after a fold.
+        compensated_folds: keep what rounding cuts off when a rotation is folded into a bf16 or fp16 weight, two bytes
+            more a weight, so that singular values drift as little as in fp32. Without it they drift by about 5e-3 in
+            200 folds. No effect on fp32 weights, or with `merge_interval=0`.
         seed: of permutations, index sets and `base_init`.
         init_weights: True starts at the identity. False starts at random rotations, for tests.
         target_modules: names of the layers to rotate, a regular expression, or "all-linear". None = PEFT's defaults
@@ -77,6 +80,9 @@ class POETConfig(PeftConfig):
     )
     keep_initial_weights: bool = field(
         default=False, metadata={"help": "keep a copy of the targeted weights, for disable_adapter after a fold"}
+    )
+    compensated_folds: bool = field(
+        default=True, metadata={"help": "keep the rounding of folds into bf16 and fp16 weights, in 2 bytes a weight"}
     )
     seed: int = field(default=0, metadata={"help": "seed of permutations, index sets and base_init"})
     init_weights: bool = field(default=True, metadata={"help": "start at the identity"})
@@ -126,6 +132,8 @@ class POETConfig(PeftConfig):
         return interval > 0 and step % interval == 0
 
     def __post_init__(self) -> None:
+        # PEFT fills the version in here; one that is already there was read from a file.
+        self._is_from_file = self.peft_version is not None
         super().__post_init__()
         if not owns_name():
             raise RuntimeError(

@@ -13,11 +13,12 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .base_layers import at_least_fp32, features, weight_as_matrix
+from .base_layers import features, weight_as_matrix
 from .config import POETConfig
 from .errors import POETMergeError, POETReferenceError
 from .ops import reference
 from .ops.paths import poet_linear
+from .precision import LOW_PRECISION, at_least_fp32, full, join, split, write
 from .primitives import partition_side
 from .rotation import Rotation
 
@@ -30,7 +31,7 @@ class LayerFold(NamedTuple):
 
     relative_output_change: float
     orthogonality_error: float
-    norm: float
+    rotation_angle: float
     spectral_drift: float
 
 
@@ -39,14 +40,16 @@ class POETLayer(BaseTunerLayer):
 
     Attributes:
         poet_R, poet_P: the `Rotation` of the output and of the input side, by adapter. A side of one feature has none.
-        poet_schedule: int64 (3,) by adapter: the seed that index tensors are drawn from, the number of
-            reinitialisations (the epoch they are drawn for), the number of folds. Saved with the adapter, so that a
-            resumed run goes on with the permutations of the run that wrote the file.
+        poet_schedule: int64 (4,) by adapter: the seed that index tensors are drawn from, the number of
+            reinitialisations (the epoch they are drawn for), the number of folds, the number of optimizer steps that
+            were skipped. Saved with the adapter, so that a resumed run goes on as the run that wrote the file.
+        poet_residual: int16, like the weight, by adapter: what folding cut off a bf16 or fp16 weight, with
+            `compensated_folds`; see `precision.split`.
         poet_initial_weight: copy of the base weight from before any fold, with `keep_initial_weights`; else None.
     """
 
     adapter_layer_names = ("poet_R", "poet_P")
-    other_param_names = ("poet_schedule",)
+    other_param_names = ("poet_schedule", "poet_residual")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -58,10 +61,12 @@ class POETLayer(BaseTunerLayer):
         self.poet_R = nn.ModuleDict()
         self.poet_P = nn.ModuleDict()
         self.poet_schedule = BufferDict(persistent=True)
+        self.poet_residual = BufferDict(persistent=True)
         self.register_buffer("poet_initial_weight", None, persistent=False)
         self._unmerged_weight: Tensor | None = None
         self._trains_rest = False
         self._periodic_adapters: set[str] = set()
+        self._compensated_adapters: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -86,16 +91,35 @@ class POETLayer(BaseTunerLayer):
             )
             if not config.init_weights:
                 nn.init.normal_(rotation.weight, std=0.1 / rotation.partition.block_size**0.5)
-            rotations[adapter_name] = rotation
-        self.poet_schedule[adapter_name] = torch.tensor([config.seed, 0, 0])
+            # As PEFT's tuners do: in the dtype of the base weight, from which PEFT goes to fp32 by default.
+            rotations[adapter_name] = rotation.to(self._adapter_dtype())
+        self.poet_schedule[adapter_name] = torch.tensor([config.seed, 0, 0, 0])
         self._trains_rest |= config.train_rest
         if config.merge_interval:
             self._periodic_adapters.add(adapter_name)
+            if config.compensated_folds:
+                self._compensated_adapters.add(adapter_name)
+                self._ensure_residual(adapter_name)
         if config.keep_initial_weights and self.poet_initial_weight is None:
             self.poet_initial_weight = self.get_base_layer().weight.detach().clone()
 
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _adapter_dtype(self) -> torch.dtype | None:
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT also casts here, after low-memory loading too, where fp32 rotations would lose their digits for good.
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for rotation in self.rotations(adapter_name):
+            if device is not None and not rotation.weight.is_meta:
+                rotation.to(device)
+        for buffers in (self.poet_schedule, self.poet_residual):
+            if device is not None and adapter_name in buffers:
+                buffers[adapter_name] = buffers[adapter_name].to(device)
 
     # State of the schedule
 
@@ -120,6 +144,13 @@ class POETLayer(BaseTunerLayer):
     def num_folds(self, adapter_name: str) -> int:
         return int(self.poet_schedule[adapter_name][2])
 
+    def num_skipped_steps(self, adapter_name: str) -> int:
+        """Number of optimizer steps that a gradient scaler skipped."""
+        return int(self.poet_schedule[adapter_name][3])
+
+    def count_skipped_step(self, adapter_name: str) -> None:
+        self.poet_schedule[adapter_name][3] += 1
+
     # Forward
 
     def _tensors(self, adapter_names: list[str]) -> tuple[list[reference.RotationTensors], ...]:
@@ -136,7 +167,8 @@ class POETLayer(BaseTunerLayer):
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None or hasattr(base_layer, "_hf_hook"):
             return self._rotate_around(base_layer, x, R, P, *args, **kwargs)
-        weight = weight_as_matrix(base_layer)
+        # Frozen by the method, also where a loader of transformers has made a new parameter of it that is not.
+        weight = weight_as_matrix(base_layer).detach()
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             return poet_linear(x, weight, base_layer.bias, R, P)
@@ -184,8 +216,8 @@ class POETLayer(BaseTunerLayer):
             return
         R, P = self._tensors(adapter_names)
         with torch.no_grad():
-            merged = reference.effective_weight(at_least_fp32(self._matrix()), R, P)
-        if safe_merge and not torch.isfinite(merged).all():
+            merged = reference.effective_weight(self._exact_matrix(), R, P)
+        if safe_merge and not torch.isfinite(merged.to(self._adapter_dtype())).all():
             raise ValueError(
                 f"NaNs detected in the merged weights of {self.module_name!r}. The adapter "
                 f"{', '.join(adapter_names)} seems to be broken."
@@ -209,19 +241,31 @@ class POETLayer(BaseTunerLayer):
         """The base weight without any merged adapter."""
         return self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
 
-    def _matrix(self) -> Tensor:
-        """The base weight (out, in), dequantized if need be."""
+    def _exact_matrix(self) -> Tensor:
+        """The base weight (out, in) in fp32 at least: dequantized, gathered, with what folding cut off it."""
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None:
-            return self.quantization_backend.get_base_weight(base_layer)
-        return weight_as_matrix(base_layer)
+            return at_least_fp32(self.quantization_backend.get_base_weight(base_layer))
+        weight = full(base_layer.weight)
+        residual = next(iter(self.poet_residual.values()), None)
+        if residual is not None and weight.dtype in LOW_PRECISION and not self.merged:
+            weight = join(weight, residual)
+        return at_least_fp32(weight_as_matrix(base_layer, weight))
 
     @torch.no_grad()
     def _write_matrix(self, matrix: Tensor) -> None:
+        base_layer = self.get_base_layer()
         if self.quantization_backend is not None:
-            self.quantization_backend.set_base_weight(self, matrix.to(self._matrix().dtype))
+            dtype = self.quantization_backend.get_base_weight(base_layer).dtype
+            self.quantization_backend.set_base_weight(self, matrix.to(dtype))
         else:
-            weight_as_matrix(self.get_base_layer()).copy_(matrix)
+            write(base_layer.weight, weight_as_matrix(base_layer, matrix))
+
+    def _ensure_residual(self, adapter_name: str) -> None:
+        weight = self.get_base_layer().weight
+        if weight.dtype in LOW_PRECISION and adapter_name not in self.poet_residual:
+            shape, device = weight.shape, weight.device
+            self.poet_residual[adapter_name] = torch.zeros(shape, dtype=torch.int16, device=device)
 
     def _copy_of_base_weight(self) -> Tensor:
         weight = self.get_base_layer().weight
@@ -232,7 +276,7 @@ class POETLayer(BaseTunerLayer):
     def _restore_base_weight(self, weight: Tensor) -> None:
         base_layer = self.get_base_layer()
         if self.quantization_backend is None:
-            base_layer.weight.copy_(weight)
+            write(base_layer.weight, weight)
             return
         base_layer.weight = weight
         if hasattr(base_layer, "state"):
@@ -258,34 +302,39 @@ class POETLayer(BaseTunerLayer):
                 "would change the others. Delete the others, or train them with merge_interval=0."
             )
         for rotation in self.rotations(adapter_name):
-            if not rotation.is_finite():
+            if not rotation.is_usable():
                 raise POETMergeError(
-                    f"the rotation {rotation.side} of {self.module_name!r} has NaN or infinite parameters. No weight "
-                    "was changed. Go back to the last checkpoint and lower the learning rate of the rotations."
+                    f"the rotation {rotation.side} of {self.module_name!r} is NaN or has grown without bound. No "
+                    "weight was changed. Go back to the last checkpoint and lower the learning rate of the rotations."
                 )
 
     @torch.no_grad()
     def fold(self, adapter_name: str, reinitialize: bool = True) -> LayerFold:
         """`W <- R W P` in place, computed in fp32 at least, and `Q <- 0`; then new permutations, if asked for."""
-        R_side, P_side = self.poet_R, self.poet_P
         rotations = self.rotations(adapter_name)
-        orthogonality_error = max(rotation.orthogonality_error() for rotation in rotations)
-        norm = max(rotation.norm() for rotation in rotations)
-
-        weight = at_least_fp32(weight_as_matrix(self.get_base_layer()))
+        angle = max(rotation.angle() for rotation in rotations)
+        base_layer = self.get_base_layer()
+        weight = self._exact_matrix()
         probes = torch.randn(_NUM_PROBES, self.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
-        before = reference.poet_linear(probes, weight, None, *self._tensors([adapter_name]))
+        unfolded = at_least_fp32(weight_as_matrix(base_layer, full(base_layer.weight)))
+        before = reference.poet_linear(probes, unfolded, None, *self._tensors([adapter_name]))
 
-        survival = 1.0
+        orthogonality_error, smallest, largest = 0.0, 1.0, 1.0
         tensors: dict[str, list[reference.RotationTensors]] = {"R": [], "P": []}
-        for side in (R_side, P_side):
-            if adapter_name in side:
-                offsets, drift = side[adapter_name].offsets_for_fold()
-                tensors[side[adapter_name].side].append((side[adapter_name].index, offsets))
-                survival *= 1 - min(drift, 1.0)
-        self._write_matrix(reference.effective_weight(weight, tensors["R"], tensors["P"]))
+        for rotation in rotations:
+            offsets, error = rotation.offsets_for_fold()
+            tensors[rotation.side].append((rotation.index, offsets))
+            orthogonality_error = max(orthogonality_error, error.orthogonality)
+            smallest *= max(1 - error.spectrum, 0.0) ** 0.5
+            largest *= (1 + error.spectrum) ** 0.5
+        folded = reference.effective_weight(weight, tensors["R"], tensors["P"])
+        self._write_matrix(folded)
+        if adapter_name in self._compensated_adapters and base_layer.weight.dtype in LOW_PRECISION:
+            self._ensure_residual(adapter_name)
+            _, rest = split(weight_as_matrix(base_layer, folded), base_layer.weight.dtype)
+            self.poet_residual[adapter_name].copy_(rest)
 
-        after = F.linear(probes, weight_as_matrix(self.get_base_layer()).to(weight.dtype))
+        after = F.linear(probes, at_least_fp32(weight_as_matrix(base_layer, full(base_layer.weight))))
         for rotation in rotations:
             rotation.reset()
         self.poet_schedule[adapter_name][2] += 1
@@ -295,7 +344,7 @@ class POETLayer(BaseTunerLayer):
                 rotation.redraw(self.seed(adapter_name), self.epoch(adapter_name))
 
         change = torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before).clamp_min(1e-30)
-        return LayerFold(float(change), orthogonality_error, norm, 1 - survival)
+        return LayerFold(float(change), orthogonality_error, angle, max(1 - smallest, largest - 1))
 
     # The original model
 
@@ -336,6 +385,7 @@ class POETLayer(BaseTunerLayer):
         if self.has_adapter(adapter_name) and self.num_folds(adapter_name):
             self.restore_initial_weight()
         self._periodic_adapters.discard(adapter_name)
+        self._compensated_adapters.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def check_deletable(self, adapter_name: str) -> None:

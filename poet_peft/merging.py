@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from .errors import POETMergeError
 from .model import poet_layers
-from .optim import reset_optimizer_state
+from .optim import check_holds, reset_optimizer_state
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,10 @@ class MergeReport:
         relative_output_change: of a layer on random inputs, `||y_after - y_before|| / ||y_before||`; rounding of the
             weight's dtype.
         orthogonality_error: largest entry of `|G^T G - I|` before the fold.
-        max_rotation_angle: radians by which the fold turned the most-turned plane.
-        spectral_drift: bound on the relative change of any singular value by this fold. It always shrinks them, by
-            `theta^4` at the default three Neumann terms; 0 for the exact map and where the angle is small.
+        max_rotation_angle: radians by which the fold turned the most-turned plane; an estimate from below.
+        spectral_drift: bound on the relative change of any singular value by what was folded. Three Neumann terms
+            always shrink them, by about `phi^4 / 8` where both sides turn by `phi` radians. Rounding of a 16-bit
+            weight comes on top, see `POETConfig.compensated_folds`.
         num_states_reset: parameters whose optimizer state was reset.
     """
 
@@ -68,17 +68,20 @@ def merge_and_reinitialize(
             )
         layer.check_foldable(adapter)
     rotations = [rotation.weight for _, layer, adapter in layers for rotation in layer.rotations(adapter)]
+    if optimizer is not None:
+        check_holds(optimizer, rotations)
+
+    with torch.autocast(device_type=rotations[0].device.type, enabled=False):
+        folds = [layer.fold(adapter, reinitialize) for _, layer, adapter in layers]
     num_states_reset = 0
     if optimizer is not None and reinitialize:
         num_states_reset = reset_optimizer_state(optimizer, rotations)
-
-    folds = [layer.fold(adapter, reinitialize) for _, layer, adapter in layers]
     return MergeReport(
         num_layers=len(folds),
         epoch=max(layer.epoch(adapter) for _, layer, adapter in layers),
         relative_output_change=max(fold.relative_output_change for fold in folds),
         orthogonality_error=max(fold.orthogonality_error for fold in folds),
-        max_rotation_angle=2 * math.atan(max(fold.norm for fold in folds)),
+        max_rotation_angle=max(fold.rotation_angle for fold in folds),
         spectral_drift=max(fold.spectral_drift for fold in folds),
         num_states_reset=num_states_reset,
     )

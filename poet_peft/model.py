@@ -22,14 +22,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from .base_layers import check_supported, features, weight_as_matrix
-from .checkpoint import check_adapter_tensors, load_base_tensors
+from .checkpoint import check_adapter_tensors, load_base_tensors, match_residuals, parameter_names
 from .config import POETConfig
 from .initialization import draw_weight
 from .layer import Linear, POETLayer
 from .primitives import partition_side
 
 
-_CONTAINERS = "poet_R|poet_P|poet_schedule"
+_CONTAINERS = "poet_R|poet_P|poet_schedule|poet_residual"
 
 
 def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
@@ -79,7 +79,7 @@ class POETModel(BaseTuner):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = [(name, module) for name, module in targets if not name.startswith(inside)]
 
-        owners = _weight_owners(model)
+        owners = parameter_names(model)
         clipped = []
         for name, module in targets:
             layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -93,7 +93,7 @@ class POETModel(BaseTuner):
         _warn_of_unmatched_patterns(config, [name for name, _ in targets])
         if targets_all_linear:
             _warn_of_stacked_experts(model)
-        if config.base_init is not None:
+        if config.base_init is not None and not config._is_from_file:
             _warn_if_pretrained(model, config)
 
     def _check_new_adapter_config(self, config: POETConfig) -> None:
@@ -145,11 +145,13 @@ class POETModel(BaseTuner):
         super()._mark_only_adapters_as_trainable(model)
         for adapter_name in self.active_adapters:
             config = self.peft_config[adapter_name]
-            if config.train_rest and not config.inference_mode:
-                rest = _rest_keys(model, dict(model.named_parameters(remove_duplicate=False)))
-                for name, parameter in model.named_parameters(remove_duplicate=False):
-                    if name in rest and parameter.dtype.is_floating_point:
-                        parameter.requires_grad = True
+            if config.train_rest:
+                _set_rest_requires_grad(model, not config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if any(self.peft_config[name].train_rest for name in self.active_adapters):
+            _set_rest_requires_grad(self.model, not inference_mode)
 
     # Operations that need care once weights have changed
 
@@ -205,7 +207,11 @@ class POETModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT has dropped what looks like another adapter's, which is too much if that is called "weight", or "model".
+        state_dict = {**model.state_dict(), **state_dict}
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        selected = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
+        selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         if config.train_rest:
             selected.update({key: state_dict[key] for key in _rest_keys(model, state_dict)})
         if config.changes_base_weights:
@@ -230,22 +236,27 @@ class POETModel(BaseTuner):
         current = model.state_dict()
         if not any(key.startswith("base_model.model.") for key in current):
             remapped = {key.removeprefix("base_model.model."): tensor for key, tensor in remapped.items()}
+        layers = {name: layer for name, layer in poet_layers(model) if layer.has_adapter(adapter_name)}
+        remapped = match_residuals(adapter_name, layers, remapped)
 
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         adapter = _filter_state_dict_by_key_prefixes(remapped, prefixes)
         expected = _filter_state_dict_by_key_prefixes(current, prefixes)
-        layers = {name: layer for name, layer in poet_layers(model) if layer.has_adapter(adapter_name)}
         base = {key: tensor for key, tensor in remapped.items() if key not in adapter}
         required = {f"{name}.base_layer.weight" for name in layers} if config.changes_base_weights else set()
         if config.train_rest:
             required |= _rest_keys(model, current)
+        optional = _keys_that_peft_saves(model, config, current)
 
         check_adapter_tensors(adapter_name, layers, adapter, expected)
-        return {**adapter, **load_base_tensors(model, config, adapter_name, layers, base, required)}
+        return {**adapter, **load_base_tensors(model, config, adapter_name, layers, base, required, optional)}
 
 
 def _rest_keys(model: nn.Module, state_dict: dict[str, Any]) -> set[str]:
-    """Keys of everything outside the rotated weights and the adapters: what `train_rest` trains and saves."""
+    """Keys of everything outside the rotated weights and the adapters: what `train_rest` trains and saves.
+
+    All names of a shared parameter, since transformers' own loader fills each by itself.
+    """
     excluded = _get_tuner_state_dict_key_prefixes(model)
     for name, module in model.named_modules():
         name = name.removeprefix("_fsdp_wrapped_module.")
@@ -256,15 +267,32 @@ def _rest_keys(model: nn.Module, state_dict: dict[str, Any]) -> set[str]:
     return {key for key in state_dict if not _is_key_under_prefixes(key, excluded)}
 
 
-def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
-    return owners
+def _set_rest_requires_grad(model: nn.Module, requires_grad: bool) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in _rest_keys(model, parameters):
+        if parameters[name].dtype.is_floating_point:
+            parameters[name].requires_grad = requires_grad
+
+
+def _keys_that_peft_saves(model: nn.Module, config: POETConfig, state_dict: dict[str, Any]) -> set[str]:
+    """Keys of the base model that PEFT itself may put into a file: biases, resized embeddings, modules_to_save."""
+    owners = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    if not config.train_rest:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        owners |= {
+            name for name, module in model.named_modules() if module is head or isinstance(module, nn.Embedding)
+        }
+    return {
+        key
+        for key in state_dict
+        if _is_key_under_prefixes(key, owners)
+        or (config.bias == "all" and key.endswith(".bias"))
+        or (config.bias == "poet_only" and key.endswith(".base_layer.bias"))
+    }
 
 
 def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:
-    names = owners.get(id(getattr(layer, "weight", None)), [])
+    names = [owner.replace(".base_layer.", ".") for owner in owners.get(id(getattr(layer, "weight", None)), [])]
     if len(names) > 1:
         raise ValueError(
             f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation of "
@@ -322,7 +350,7 @@ def _warn_of_stacked_experts(model: nn.Module) -> None:
 
 def _warn_if_pretrained(model: nn.Module, config: POETConfig) -> None:
     source = getattr(model, "name_or_path", "")
-    if source and not config.inference_mode:
+    if source:
         warnings.warn(
             f"base_init={config.base_init!r} throws away the weights of the targeted layers of {source!r} and draws "
             "them at random. For fine-tuning pass base_init=None."

@@ -51,8 +51,9 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
         "decay": {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "decay"},
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0, "name": "no_decay"},
     }
+    rotated = {id(layer.get_base_layer().weight) for _, layer in poet_layers(model)}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in rotated:
             continue
         if id(parameter) in rotations:
             name = "poet"
@@ -74,6 +75,19 @@ def rotation_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def check_holds(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer that trains none of the parameters.
+
+    Raises:
+        ValueError: says how that comes about.
+    """
+    if _group_of(optimizer).keys().isdisjoint(map(id, parameters)):
+        raise ValueError(
+            "the optimizer has none of the model's rotations in its parameter groups, so nothing could be reset. Make "
+            "it after get_peft_model() and load_adapter(), which create new parameters."
+        )
+
+
 def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> int:
     """Make the optimizer's state of these parameters what it is before the first step.
 
@@ -87,14 +101,9 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable
         ValueError: the optimizer has none of the parameters in its groups.
     """
     parameters = list(parameters)
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
-    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in group_of for parameter in parameters):
-        raise ValueError(
-            "the optimizer has none of the model's rotations in its parameter groups, so nothing could be reset. Make "
-            "it after get_peft_model() and load_adapter(), which create new parameters."
-        )
+    check_holds(optimizer, parameters)
+    group_of = _group_of(optimizer)
+    optimizer = _unwrap(optimizer)
     num_reset = 0
     for parameter in parameters:
         state = optimizer.state.get(parameter)
@@ -108,3 +117,13 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable
             del optimizer.state[parameter]
         num_reset += 1
     return num_reset
+
+
+def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    return {id(parameter): group for group in _unwrap(optimizer).param_groups for parameter in group["params"]}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +14,23 @@ from .orthogonal import (
     orthogonality_error,
     skew,
     skew_norm,
+    spectrum_bound,
 )
+from .precision import at_least_fp32, full
 from .primitives import BlockPartition, Side, draw_index
 
 
-# A series this long is orthogonal to rounding wherever it is used (theta^16 for theta < 0.04).
+# A series this long is orthogonal to rounding wherever it is used.
 _LONG_SERIES = 15
 _UNNOTICED = 1e-6
+_BLOWN_UP = 1e6
+
+
+class FoldError(NamedTuple):
+    """How far the blocks of a rotation are from orthogonal: see `orthogonality_error` and `spectrum_bound`."""
+
+    orthogonality: float
+    spectrum: float
 
 
 class Rotation(nn.Module):
@@ -62,7 +75,7 @@ class Rotation(nn.Module):
     def skew_blocks(self) -> list[Tensor]:
         """The blocks' `Q` in the parameter's dtype, at least fp32: (num_full_blocks, b, b) and, with a remainder r,
         (1, r, r)."""
-        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        weight = at_least_fp32(full(self.weight))
         b, r = self.partition.block_size, self.partition.remainder
         num_full = self.partition.num_full_blocks
         split = num_full * (b * (b - 1) // 2)
@@ -82,33 +95,35 @@ class Rotation(nn.Module):
             return cayley_offset(Q)
         return cayley_neumann_offset(Q, self.num_neumann_terms)
 
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.weight).all())
+    @torch.no_grad()
+    def is_usable(self) -> bool:
+        """Whether `G` is finite and of sane size. An orthogonal matrix has entries of at most 1; a series whose `Q`
+        has grown without bound has not."""
+        return all(bool((offset.abs() < _BLOWN_UP).all()) for offset in self.offsets())
 
     @torch.no_grad()
-    def norm(self) -> float:
-        """`theta`, the largest singular value of all blocks' `Q`: the largest plane angle is `2 atan(theta)`."""
-        return max(float(skew_norm(Q).amax()) for Q in self.skew_blocks())
+    def angle(self) -> float:
+        """The angle of the most-turned plane in radians, `2 atan(theta)`; estimated from below, see `skew_norm`."""
+        return 2 * math.atan(max(float(skew_norm(Q).amax()) for Q in self.skew_blocks()))
 
     @torch.no_grad()
-    def orthogonality_error(self) -> float:
-        """The largest entry of `|G^T G - I|`."""
-        identity_plus = [offset + torch.eye(offset.shape[-1]).to(offset) for offset in self.offsets()]
-        return max(float(orthogonality_error(G)) for G in identity_plus)
-
-    @torch.no_grad()
-    def offsets_for_fold(self) -> tuple[list[Tensor], float]:
-        """`G - I` to fold into the weight, and how far its singular values may lie from 1.
+    def offsets_for_fold(self) -> tuple[list[Tensor], FoldError]:
+        """`G - I` to fold into the weight, and how far `G` is from orthogonal.
 
         The series' own `G`, so that the fold changes no output. Where the series is so close to orthogonal that the
-        output cannot notice (error below 1e-6), the orthogonal matrix next to it, so that nothing drifts.
+        output cannot notice, the orthogonal matrix next to it, so that nothing drifts.
         """
-        if self.orthogonal_map == "cayley":
-            return self.offsets(), 0.0
-        error = self.norm() ** (self.num_neumann_terms + 1)
-        if error > _UNNOTICED or self.num_neumann_terms % 2 == 0:
-            return self.offsets(), error
-        return [cayley_neumann_offset(Q, _LONG_SERIES) for Q in self.skew_blocks()], 0.0
+        blocks = self.skew_blocks()
+        offsets = [self._map(Q) for Q in blocks]
+        matrices = [offset + torch.eye(offset.shape[-1]).to(offset) for offset in offsets]
+        error = FoldError(
+            orthogonality=max(float(orthogonality_error(G)) for G in matrices),
+            spectrum=max(float(spectrum_bound(G).amax()) for G in matrices),
+        )
+        is_series = self.orthogonal_map == "cayley_neumann" and self.num_neumann_terms % 2 == 1
+        if is_series and error.spectrum < _UNNOTICED:
+            offsets = [cayley_neumann_offset(Q, _LONG_SERIES) for Q in blocks]
+        return offsets, error
 
     @torch.no_grad()
     def reset(self) -> None:

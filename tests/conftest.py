@@ -2,6 +2,7 @@
 
 import os
 
+
 # Both are read once, when huggingface_hub and torch are imported: nothing above may import either.
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:

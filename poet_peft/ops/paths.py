@@ -43,9 +43,10 @@ def weight_centric(
     P: Sequence[RotationTensors],
 ) -> Tensor:
     """`reference.poet_linear` through the effective weight, which is computed in fp32 at least."""
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        effective = reference.effective_weight(weight.to(dtype), R, P).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    effective = reference.effective_weight(weight.to(dtype), R, P).to(weight.dtype)
+    # In the memory layout of the weight, so that the product rounds as the base layer's does.
+    effective = effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
     return F.linear(x, effective, bias)
 
 

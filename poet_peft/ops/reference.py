@@ -40,11 +40,15 @@ def rotate(x: Tensor, rotation: RotationTensors, transpose: bool = False) -> Ten
 
 
 def effective_weight(weight: Tensor, R: Sequence[RotationTensors], P: Sequence[RotationTensors]) -> Tensor:
-    """`R_n ... R_1 W P_1 ... P_n`, shape (out, in): one adapter's rotations after the other's, first innermost."""
-    for rotation in P:
-        weight = rotate(weight, rotation, transpose=True)
-    for rotation in R:
-        weight = rotate(weight.mT, rotation).mT
+    """`R_n ... R_1 W P_1 ... P_n`, shape (out, in): one adapter's rotations after the other's, first innermost.
+
+    In the dtype of the weight, whatever autocast says.
+    """
+    with torch.autocast(device_type=weight.device.type, enabled=False):
+        for rotation in P:
+            weight = rotate(weight, rotation, transpose=True)
+        for rotation in R:
+            weight = rotate(weight.mT, rotation).mT
     return weight
 
 
@@ -65,4 +69,4 @@ def poet_linear(
     y = F.linear(x, weight)
     for rotation in R:
         y = rotate(y, rotation)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)

@@ -1,0 +1,112 @@
+"""Tiny models, random tokens and the regimes of `POETConfig`: what the tests of whole models have in common."""
+
+import torch
+from peft import get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+from poet_peft import POETConfig, poet_param_groups
+
+
+# Every way in which the operations and the checkpoint of a model may differ. 48 and 80 features: 16 divides both,
+# 20 only one, so that exact Cayley also meets a smaller last block.
+REGIMES = {
+    "block_stochastic": {"block_size": 16},
+    "fully_stochastic": {"variant": "fully_stochastic", "block_size": 0.5},
+    "exact_cayley": {"block_size": 20, "orthogonal_map": "cayley"},
+    "periodic": {"block_size": 16, "merge_interval": 4},
+    "pretraining": {"block_size": 16, "merge_interval": 4, "train_rest": True, "base_init": "normalized"},
+}
+ADAPTERS = ["block_stochastic", "fully_stochastic", "exact_cayley"]  # base weights never change
+PERIODIC = ["periodic", "pretraining"]  # base weights change at every fold
+
+
+def poet_config(regime="block_stochastic", **overrides):
+    """The configuration of a regime, with random rotations instead of the identity."""
+    return POETConfig(**{"target_modules": "all-linear", "init_weights": False, **REGIMES[regime], **overrides})
+
+
+def _llama_config(tied, **overrides):
+    sizes = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    return LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": tied, **overrides})
+
+
+def llama(tied=False, seed=0, **overrides):
+    """21 parameters, 20 if tied, in 2 layers with 14 linear layers of sizes 24, 48 and 80."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(_llama_config(tied, **overrides)).eval()
+
+
+def llama_classifier(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_llama_config(tied=False, num_labels=3)).eval()
+
+
+def gpt2(seed=0):
+    """A model whose linear layers are transformers' Conv1D, with biases and dropout."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=48, n_layer=2, n_head=4, n_positions=64)).eval()
+
+
+def bert_classifier(seed=0):
+    """A classifier with biases, dropout and several embeddings."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+
+
+def wrap(base, regime="block_stochastic", adapter_name="default", seed=0, **overrides):
+    """`get_peft_model` with random rotations drawn from `seed`."""
+    torch.manual_seed(seed)
+    return get_peft_model(base, poet_config(regime, **overrides), adapter_name=adapter_name)
+
+
+def tokens(batch=2, length=12, seed=1):
+    return torch.randint(1, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(tokens()).logits
+
+
+def step(model, optimizer, seed=1):
+    """One optimizer step on random tokens. Returns the loss before it."""
+    input_ids = tokens(seed=seed)
+    loss = model(input_ids=input_ids, labels=input_ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def adamw(model, lr=1e-3, poet_lr=1e-2, **kwargs):
+    return torch.optim.AdamW(poet_param_groups(model, lr=lr, poet_lr=poet_lr), **kwargs)
+
+
+def train(model, num_steps=3, optimizer=None):
+    """A few steps that move everything trainable. Returns the optimizer."""
+    optimizer = optimizer or adamw(model)
+    for seed in range(num_steps):
+        step(model, optimizer, seed=seed)
+    return optimizer
+
+
+def state(model):
+    """A copy of everything in the model's state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(actual, expected):
+    """Two state dicts have the same keys and bit-equal tensors."""
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different

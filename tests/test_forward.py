@@ -1,0 +1,361 @@
+"""The forward of a rotated layer is `R W P x + bias`, built densely in float64, whatever way it is computed."""
+
+import pytest
+import torch
+from cases import (
+    PLAIN,
+    TOLERANCE,
+    Case,
+    base_layer,
+    dense_output,
+    dense_rotation,
+    dense_weight,
+    for_cases,
+    for_every_case,
+    for_float32_cases,
+    inputs,
+    matrix,
+    normal,
+    randomize,
+    relative_error,
+    rotated,
+)
+from torch.utils.checkpoint import checkpoint
+
+from poet_peft.ops import paths, reference
+
+
+MANY = 200  # tokens: enough for the weight-centric path in every case with two sides
+
+LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3), (MANY,)]
+PATHS = {"input-centric": reference.poet_linear, "weight-centric": paths.weight_centric}
+
+for_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+for_few_and_many_tokens = pytest.mark.parametrize("num_tokens", [3, MANY])
+
+
+def tensors(layer):
+    """The arguments of a path after `x`: weight, bias, R, P."""
+    base = layer.get_base_layer()
+    weight = base.weight.mT if type(base).__name__ == "Conv1D" else base.weight
+    R, P = ([(side[name].index, side[name].offsets()) for name in side] for side in (layer.poet_R, layer.poet_P))
+    return weight, base.bias, R, P
+
+
+# Values
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@for_every_case
+def test_forward_is_the_dense_rotation_of_weight_and_input(case, leading):
+    _, layer = rotated(case)
+    x = inputs(case, *leading)
+    y = layer(x)
+    assert (y.shape, y.dtype) == ((*leading, case.out_features), case.dtype)
+    assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+
+
+@for_every_case
+def test_rotations_of_the_table_change_the_output(case):
+    """Otherwise the other tests of this file could not fail."""
+    _, layer = rotated(case)
+    x = inputs(case, 5)
+    assert relative_error(layer(x), layer.get_base_layer()(x)) > 10 * TOLERANCE[case.dtype]
+
+
+@for_every_case
+def test_forward_in_inference_mode_is_the_same_function(case):
+    _, layer = rotated(case)
+    x = inputs(case, 40)
+    with torch.inference_mode():
+        y = layer(x)
+    assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
+@for_every_case
+def test_forward_of_no_tokens_is_empty(case, leading):
+    _, layer = rotated(case)
+    y = layer(inputs(case, *leading))
+    assert (y.shape, y.dtype) == ((*leading, case.out_features), case.dtype)
+
+
+@for_few_and_many_tokens
+@for_every_case
+def test_forward_takes_non_contiguous_input(case, num_tokens):
+    _, layer = rotated(case)
+    transposed = inputs(case, num_tokens, 2).transpose(0, 1)
+    strided = normal(num_tokens, 2 * case.in_features, dtype=case.dtype)[:, ::2]
+    expanded = inputs(case, 1).expand(num_tokens, case.in_features)
+    for x in (transposed, strided, expanded):
+        assert relative_error(layer(x), dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+
+
+@for_few_and_many_tokens
+@for_every_case
+def test_forward_leaves_its_input_alone(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+@for_few_and_many_tokens
+@for_cases(lambda case: case.dtype in (torch.float32, torch.bfloat16))
+def test_input_of_another_dtype_is_computed_in_the_weights_and_given_back_in_its_own(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens).double()
+    y = layer(x)
+    assert y.dtype == torch.float64
+    assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+
+
+@for_few_and_many_tokens
+@for_cases(lambda case: case.bias)
+def test_bias_is_not_rotated(case, num_tokens):
+    _, layer = rotated(case)
+    zeros = torch.zeros(num_tokens, case.in_features, dtype=case.dtype)
+    assert torch.equal(layer(zeros), layer.get_base_layer().bias.detach().expand(num_tokens, -1))
+
+
+# Paths
+
+
+@for_every_path
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@for_every_case
+def test_every_path_is_the_dense_rotation(case, leading, path):
+    _, layer = rotated(case)
+    x = inputs(case, *leading)
+    assert relative_error(path(x, *tensors(layer)), dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+
+
+@for_every_case
+def test_effective_weight_is_the_dense_rotation(case):
+    _, layer = rotated(case)
+    weight, _, R, P = tensors(layer)
+    effective = reference.effective_weight(weight, R, P)
+    assert effective.dtype == case.dtype
+    assert relative_error(effective, dense_weight(case, layer)) < TOLERANCE[case.dtype]
+
+
+@for_every_case
+def test_weight_centric_path_rounds_the_weight_once(case):
+    """In low precision it rotates in float32: the identity matrix as input shows the weight it used."""
+    _, layer = rotated(case)
+    weight, _, R, P = tensors(layer)
+    used = paths.weight_centric(torch.eye(case.in_features, dtype=case.dtype), weight, None, R, P).T
+    exact = dense_weight(case, layer)
+    rounding = 0.5 * torch.finfo(case.dtype).eps * exact.abs()
+    arithmetic = 1e-14 if case.dtype == torch.float64 else 2e-6
+    assert ((used.double() - exact).abs() <= rounding + arithmetic).all()
+
+
+@for_every_case
+def test_rotate_by_the_transpose_is_the_matrix_product_from_the_right(case):
+    _, layer = rotated(case.float64)
+    for rotation in layer.rotations("default"):
+        pair = rotation.index, rotation.offsets()
+        identity = torch.eye(rotation.partition.dim, dtype=torch.float64)
+        dense = reference.rotate(identity, pair).T
+        assert relative_error(reference.rotate(identity, pair, transpose=True), dense) < 1e-15
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["training", "inference"])
+def test_few_tokens_rotate_activations_and_many_rotate_the_weight(trains, monkeypatch):
+    _, layer = rotated(PLAIN)
+    taken = []
+    monkeypatch.setattr(reference, "poet_linear", lambda *args: taken.append("input-centric"))
+    monkeypatch.setattr(paths, "weight_centric", lambda *args: taken.append("weight-centric"))
+    with torch.set_grad_enabled(trains):
+        for num_tokens in (1, 4, 1000, 100_000):
+            paths.poet_linear(inputs(PLAIN, 1).expand(num_tokens, -1), *tensors(layer))
+    assert taken == ["input-centric", "input-centric", "weight-centric", "weight-centric"]
+
+
+@for_every_case
+def test_forward_around_a_base_layer_with_hooks_is_the_dense_rotation(case):
+    """accelerate's offloading moves weights in a hook of the base layer, so the layer must be called."""
+    _, layer = rotated(case)
+    base = layer.get_base_layer()
+    calls = []
+    base._hf_hook = object()
+    base.register_forward_hook(lambda *args: calls.append(1))
+    x = inputs(case, 5)
+    y = layer(x)
+    assert calls == [1]
+    assert y.dtype == case.dtype
+    assert relative_error(y, dense_output(case, layer, x)) < 2 * TOLERANCE[case.dtype]
+
+
+# The identity
+
+
+@for_every_case
+def test_effective_weight_of_an_untrained_adapter_is_the_weight_bit_for_bit(case):
+    _, layer = rotated(case, theta=0.0)
+    weight, _, R, P = tensors(layer)
+    assert torch.equal(reference.effective_weight(weight, R, P), weight)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, MANY])
+@for_cases(lambda case: case.dtype == torch.float32 and case.kind == "linear")
+def test_untrained_adapter_does_not_change_a_bit_of_the_output(case, num_tokens):
+    _, layer = rotated(case, theta=0.0)
+    x = inputs(case, num_tokens)
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, MANY])
+@for_cases(lambda case: case.dtype != torch.float32 or case.kind == "conv1d")
+def test_untrained_adapter_changes_the_output_by_rounding_only(case, num_tokens):
+    """Conv1D adds its bias inside the product, which a rotation of the product has to keep apart."""
+    _, layer = rotated(case, theta=0.0)
+    x = inputs(case, num_tokens)
+    assert relative_error(layer(x), layer.get_base_layer()(x)) < 2 * torch.finfo(case.dtype).eps
+
+
+# Autocast
+
+
+@for_few_and_many_tokens
+@for_every_case
+def test_autocast_gives_the_dtype_that_the_base_layer_gives(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == layer.get_base_layer()(x).dtype
+
+
+@for_few_and_many_tokens
+@for_float32_cases
+def test_autocast_changes_the_output_by_its_rounding_only(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[torch.bfloat16]
+
+
+@for_every_case
+def test_rotations_are_computed_in_full_precision_under_autocast(case):
+    _, layer = rotated(case)
+    for rotation in layer.rotations("default"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = rotation.offsets()
+        assert {offset.dtype for offset in inside} == {torch.promote_types(rotation.weight.dtype, torch.float32)}
+        assert all(torch.equal(a, b) for a, b in zip(inside, rotation.offsets(), strict=True))
+
+
+@for_cases(lambda case: case.orthogonal_map == "cayley")
+def test_exact_rotations_are_orthogonal_under_autocast(case):
+    _, layer = rotated(case)
+    for rotation in layer.rotations("default"):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            inside = rotation.offsets()
+        for offset in inside:
+            identity = torch.eye(offset.shape[-1], dtype=torch.float64)
+            G = identity + offset.double()
+            assert (G.mT @ G - identity).abs().max() < 1e-6
+
+
+# Several adapters
+
+
+def with_second_adapter(case):
+    """The layer with the adapters "default" and "second", both active in this order."""
+    model, layer = rotated(case)
+    second = Case(
+        "second", case.out_features, case.in_features, 0.5, variant="fully_stochastic", orthogonal_map="cayley"
+    )
+    model.add_adapter("second", second.config(seed=1))
+    randomize(model, 0.4)
+    model.base_model.set_adapter(["default", "second"])
+    return layer, second
+
+
+def dense_output_of_two(case, second, layer, x):
+    weight = matrix(layer.get_base_layer())
+    for adapter, of in (("default", case), ("second", second)):
+        R = dense_rotation(of, of.out_features, layer.poet_R, adapter)
+        P = dense_rotation(of, of.in_features, layer.poet_P, adapter)
+        weight = R @ weight @ P
+    bias = layer.get_base_layer().bias
+    y = x.double() @ weight.T
+    return y if bias is None else y + bias.detach().double()
+
+
+@for_few_and_many_tokens
+@for_every_case
+def test_active_adapters_compose_the_first_one_innermost(case, num_tokens):
+    layer, second = with_second_adapter(case)
+    x = inputs(case, num_tokens)
+    expected = dense_output_of_two(case, second, layer, x)
+    assert relative_error(layer(x), expected) < 2 * TOLERANCE[case.dtype]
+
+
+def test_order_of_adapters_matters():
+    """Otherwise the test above could not tell one order from the other."""
+    layer, second = with_second_adapter(PLAIN)
+    x = inputs(PLAIN, 3)
+    y = layer(x)
+    layer.set_adapter(["second", "default"])
+    assert relative_error(layer(x), y) > 0.01
+
+
+def test_inactive_adapter_does_not_count():
+    layer, _ = with_second_adapter(PLAIN)
+    x = inputs(PLAIN, 3)
+    layer.set_adapter("default")
+    assert relative_error(layer(x), dense_output(PLAIN, layer, x)) < TOLERANCE[torch.float32]
+
+
+def test_active_adapter_that_the_layer_does_not_have_is_left_out():
+    _, layer = rotated(PLAIN)
+    x = inputs(PLAIN, 3)
+    layer.set_adapter(["elsewhere"])
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+
+
+def test_disabled_adapter_gives_the_base_layer():
+    _, layer = rotated(PLAIN)
+    x = inputs(PLAIN, 3)
+    rotated_output = layer(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base_layer(PLAIN)(x))
+    layer.enable_adapters(True)
+    assert torch.equal(layer(x), rotated_output)
+
+
+# Gradient checkpointing
+
+
+def gradients(forward, layer, x):
+    wanted = [x, *(rotation.weight for rotation in layer.rotations("default"))]
+    for tensor in wanted:
+        tensor.grad = None
+    forward(x).square().sum().backward()
+    return [tensor.grad.clone() for tensor in wanted]
+
+
+@for_few_and_many_tokens
+@for_float32_cases
+def test_gradient_checkpointing_does_not_change_a_bit_of_the_gradients(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens).requires_grad_()
+    plain = gradients(layer, layer, x)
+    recomputed = gradients(lambda x: checkpoint(layer, x, use_reentrant=False), layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert all(gradient.any() for gradient in plain)
+
+
+@for_few_and_many_tokens
+@for_float32_cases
+def test_reentrant_checkpointing_changes_gradients_by_rounding_only(case, num_tokens):
+    """Its first forward runs without gradients, where another path may be the cheaper one."""
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens).requires_grad_()
+    plain = gradients(layer, layer, x)
+    recomputed = gradients(lambda x: checkpoint(layer, x, use_reentrant=True), layer, x)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(recomputed, plain, strict=True))

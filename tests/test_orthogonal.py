@@ -1,0 +1,266 @@
+"""The maps from skew-symmetric to orthogonal matrices, against independent float64 formulas."""
+
+import pytest
+import torch
+from cases import normal
+
+from poet_peft.orthogonal import (
+    cayley,
+    cayley_neumann,
+    cayley_neumann_offset,
+    cayley_offset,
+    orthogonality_error,
+    skew,
+    skew_norm,
+)
+
+
+SIZES = (1, 2, 3, 5, 8, 16, 33)
+NUM_TERMS = range(1, 9)
+MAPS = {"cayley": (cayley, cayley_offset), "cayley_neumann": (cayley_neumann, cayley_neumann_offset)}
+
+for_every_size = pytest.mark.parametrize("n", SIZES)
+for_every_num_terms = pytest.mark.parametrize("k", NUM_TERMS)
+for_both_maps = pytest.mark.parametrize("name", MAPS)
+for_both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+
+
+def skew_by_hand(n, scale, seed=0, dtype=torch.float64):
+    """A skew-symmetric matrix with normal entries, made without `skew`."""
+    upper = torch.triu(normal(n, n, seed=seed), diagonal=1).double() * scale
+    return (upper - upper.T).to(dtype)
+
+
+def skew_of_norm(n, theta, seed=0, dtype=torch.float64):
+    Q = skew_by_hand(n, 1.0, seed)
+    return (Q * (theta / largest_singular_value(Q)) if n > 1 else Q).to(dtype)
+
+
+def largest_singular_value(Q):
+    return float(torch.linalg.svdvals(Q.double())[0])
+
+
+def power_series(Q, k):
+    """`I + 2 Q + ... + 2 Q^k + Q^(k+1)` term by term, in float64."""
+    Q = Q.double()
+    identity = torch.eye(Q.shape[-1], dtype=torch.float64)
+    middle = sum(2 * torch.linalg.matrix_power(Q, power) for power in range(1, k + 1))
+    return identity + middle + torch.linalg.matrix_power(Q, k + 1)
+
+
+# skew
+
+
+@for_every_size
+def test_skew_is_skew_symmetric(n):
+    Q = skew(normal(3, n * (n - 1) // 2), n)
+    assert Q.shape == (3, n, n)
+    assert torch.equal(Q.mT, -Q)
+
+
+def test_skew_fills_the_strict_upper_triangle_row_by_row():
+    Q = skew(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), 4)
+    assert torch.equal(
+        Q,
+        torch.tensor([[0.0, 1.0, 2.0, 3.0], [-1.0, 0.0, 4.0, 5.0], [-2.0, -4.0, 0.0, 6.0], [-3.0, -5.0, -6.0, 0.0]]),
+    )
+
+
+def test_skew_keeps_leading_dimensions_apart():
+    upper = normal(2, 3, 10)
+    Q = skew(upper, 5)
+    assert Q.shape == (2, 3, 5, 5)
+    for i in range(2):
+        for j in range(3):
+            assert torch.equal(Q[i, j], skew(upper[i, j], 5))
+
+
+@pytest.mark.parametrize("number", [0, 5, 7, 16])
+def test_skew_refuses_a_wrong_number_of_parameters(number):
+    with pytest.raises(ValueError, match=rf"4 x 4 matrix has 6 parameters, got {number}"):
+        skew(torch.zeros(number), 4)
+
+
+# cayley
+
+
+@for_every_size
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3])
+def test_cayley_is_orthogonal_in_float64(n, scale):
+    assert orthogonality_error(cayley(skew_by_hand(n, scale))) < 1e-11
+
+
+@for_every_size
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 1.0, 10.0, 1e2, 1e3])
+def test_cayley_in_float32_is_orthogonal_to_the_rounding_of_its_solve(n, scale):
+    Q = skew_by_hand(n, scale, dtype=torch.float32)
+    G = cayley(Q)
+    assert G.dtype == torch.float32
+    # The condition number of I - Q is at most 1 + theta.
+    assert orthogonality_error(G) < 32 * torch.finfo(torch.float32).eps * (1 + largest_singular_value(Q))
+
+
+def test_cayley_turns_a_plane_by_twice_the_arc_tangent():
+    G = cayley(torch.tensor([[0.0, -0.75], [0.75, 0.0]], dtype=torch.float64))
+    angle = 2 * torch.atan(torch.tensor(0.75, dtype=torch.float64))
+    expected = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    torch.testing.assert_close(G, expected, rtol=0, atol=1e-15)
+
+
+@for_every_size
+def test_cayley_is_the_product_with_the_inverse(n):
+    Q = skew_by_hand(n, 0.3)
+    identity = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(cayley(Q), (identity + Q) @ torch.linalg.inv(identity - Q), rtol=0, atol=1e-13)
+
+
+# cayley_neumann
+
+
+@for_every_num_terms
+@for_every_size
+def test_cayley_neumann_is_its_power_series(n, k):
+    Q = skew_of_norm(n, 0.6)
+    torch.testing.assert_close(cayley_neumann(Q, k), power_series(Q, k), rtol=0, atol=1e-14)
+
+
+def test_cayley_neumann_has_three_terms_by_default():
+    Q = skew_of_norm(8, 0.6)
+    assert torch.equal(cayley_neumann(Q), cayley_neumann(Q, 3))
+
+
+@for_every_num_terms
+@pytest.mark.parametrize("theta", [0.05, 0.3, 0.9])
+def test_singular_values_of_cayley_neumann_lie_within_its_bound(theta, k):
+    Q = torch.stack([skew_of_norm(16, theta, seed=seed) for seed in range(4)])
+    values = torch.linalg.svdvals(cayley_neumann(Q, k))
+    assert float((values - 1).abs().max()) <= theta ** (k + 1) + 1e-14
+
+
+@for_every_num_terms
+def test_cayley_neumann_is_no_better_than_its_bound(k):
+    """Otherwise the bound of the test above could not fail. (For even `k` the error is of second order in it.)"""
+    theta = 0.5
+    error = float((torch.linalg.svdvals(cayley_neumann(skew_of_norm(16, theta), k)) - 1).abs().max())
+    expected = theta ** (k + 1) if k % 2 else (1 + theta ** (2 * k + 2)) ** 0.5 - 1
+    assert error == pytest.approx(expected, rel=1e-9)
+
+
+@for_every_num_terms
+@for_every_size
+def test_cayley_neumann_is_cayley_times_its_defect(n, k):
+    Q = skew_of_norm(n, 0.7)
+    defect = torch.eye(n, dtype=torch.float64) - torch.linalg.matrix_power(Q, k + 1)
+    torch.testing.assert_close(cayley_neumann(Q, k), defect @ cayley(Q), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_cayley_is_the_orthogonal_matrix_next_to_an_odd_series(k):
+    Q = skew_of_norm(8, 0.6)
+    U, _, Vh = torch.linalg.svd(cayley_neumann(Q, k))
+    torch.testing.assert_close(U @ Vh, cayley(Q), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [cayley_neumann, cayley_neumann_offset])
+@pytest.mark.parametrize("num_terms", [0, -1])
+def test_series_without_terms_is_refused(function, num_terms):
+    with pytest.raises(ValueError, match=f"num_terms must be at least 1, got {num_terms}"):
+        function(torch.zeros(4, 4), num_terms)
+
+
+# Both maps
+
+
+@for_both_maps
+@for_both_dtypes
+def test_zero_gives_the_identity_exactly(name, dtype):
+    map_, offset = MAPS[name]
+    Q = torch.zeros(3, 5, 5, dtype=dtype)
+    assert torch.equal(map_(Q), torch.eye(5, dtype=dtype).expand(3, 5, 5))
+    assert not offset(Q).any()
+
+
+@for_both_maps
+@for_both_dtypes
+def test_maps_keep_the_dtype(name, dtype):
+    assert [f(skew_of_norm(5, 0.3, dtype=dtype)).dtype for f in MAPS[name]] == [dtype, dtype]
+
+
+@for_every_size
+@pytest.mark.parametrize("theta", [1e-6, 0.1, 0.9])
+def test_cayley_offset_is_the_map_minus_the_identity(n, theta):
+    Q = skew_of_norm(n, theta)
+    identity = torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(cayley_offset(Q), cayley(Q) - identity, rtol=0, atol=1e-15)
+
+
+@for_every_num_terms
+@pytest.mark.parametrize("theta", [1e-6, 0.1, 0.9])
+def test_cayley_neumann_offset_is_the_series_minus_the_identity(k, theta):
+    Q = skew_of_norm(8, theta)
+    identity = torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(cayley_neumann_offset(Q, k), power_series(Q, k) - identity, rtol=0, atol=2e-15)
+
+
+@for_both_maps
+def test_offset_keeps_digits_that_the_map_rounds_away(name):
+    """Near the identity the diagonal of `G` is 1 - O(theta^2), which float32 rounds to 1."""
+    map_, offset = MAPS[name]
+    Q = skew_of_norm(8, 1e-5, dtype=torch.float32)
+    exact = offset(Q.double()).diagonal()
+    kept = offset(Q).diagonal()
+    rounded = (map_(Q) - torch.eye(8)).diagonal()
+    assert (kept - exact).norm() < 0.01 * exact.norm()
+    assert (rounded - exact).norm() > 0.5 * exact.norm()
+
+
+@for_both_maps
+def test_leading_dimensions_are_batch(name):
+    Q = torch.stack([skew_of_norm(6, 0.1 * (i + 1), seed=i) for i in range(6)]).view(2, 3, 6, 6)
+    for f in MAPS[name]:
+        whole = f(Q)
+        assert whole.shape == (2, 3, 6, 6)
+        for i in range(2):
+            for j in range(3):
+                torch.testing.assert_close(whole[i, j], f(Q[i, j]), rtol=0, atol=1e-15)
+
+
+@for_both_maps
+def test_maps_of_an_empty_batch_are_empty(name):
+    assert [f(torch.zeros(0, 4, 4)).shape for f in MAPS[name]] == [(0, 4, 4), (0, 4, 4)]
+
+
+# orthogonality_error and skew_norm
+
+
+def test_orthogonality_error_is_the_largest_entry_over_the_batch():
+    G = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    G[1, 0, 2] = 0.25
+    # (G^T G - I) has 0.25 off the diagonal, and 0.0625 on it.
+    assert float(orthogonality_error(G)) == 0.25
+
+
+def test_orthogonality_error_of_nothing_is_zero():
+    assert float(orthogonality_error(torch.zeros(0, 3, 3))) == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16, 33, 64])
+def test_skew_norm_is_a_lower_bound_within_a_few_percent(n):
+    Q = torch.stack([skew_by_hand(n, 1.0, seed) for seed in range(20)])
+    exact = torch.linalg.svdvals(Q)[:, 0]
+    ratio = skew_norm(Q) / exact
+    assert float(ratio.max()) <= 1 + 1e-12
+    assert float(ratio.min()) > 0.95
+
+
+def test_skew_norm_gives_one_number_for_each_matrix():
+    scales = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.5, 100.0]], dtype=torch.float64)
+    Q = skew_of_norm(4, 1.0) * scales[:, :, None, None]
+    torch.testing.assert_close(skew_norm(Q, num_iterations=200), scales, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("plane", [(0, 1), (1, 3), (3, 4), (0, 4)], ids=str)
+def test_skew_norm_finds_any_single_plane(plane):
+    Q = torch.zeros(5, 5)
+    Q[plane] = 0.25
+    assert float(skew_norm(Q - Q.T)) == pytest.approx(0.25, rel=1e-6)

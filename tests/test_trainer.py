@@ -1,0 +1,425 @@
+"""`POETCallback` in real runs of transformers' Trainer: tiny models, a few steps, real text."""
+
+import argparse
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from models import ADAPTERS, PERIODIC, assert_same_state, llama, poet_config, state, wrap
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from poet_peft import MergeReport, POETCallback, POETConfig, poet_param_groups
+from poet_peft.model import poet_layers
+from poet_peft.optim import rotation_parameters
+
+LENGTH = 24
+
+
+@functools.cache
+def text(num_sequences=64, first=0):
+    """The source of a module of the standard library as bytes, one token a byte."""
+    source = [byte for byte in Path(argparse.__file__).read_bytes() if byte < 128]
+    starts = range(first * LENGTH, (first + num_sequences) * LENGTH, LENGTH)
+    return [{"input_ids": source[i : i + LENGTH], "labels": source[i : i + LENGTH]} for i in starts]
+
+
+def trainer_of(
+    model, directory, *callbacks, lr=3e-3, poet_lr=1e-2, make_optimizer=torch.optim.AdamW, **arguments
+):
+    settings = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 16,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "data_seed": 0,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(directory), **{**settings, **arguments}),
+        train_dataset=text(),
+        eval_dataset=text(16, first=64),
+        callbacks=list(callbacks),
+        optimizers=(make_optimizer(poet_param_groups(model, lr=lr, poet_lr=poet_lr)), None),
+    )
+
+
+class Recorder(TrainerCallback):
+    """What a callback behind `POETCallback` sees of the model at the end of every step."""
+
+    def __init__(self):
+        self.folds, self.epochs, self.weights = [], [], []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        layers = [layer for _, layer in poet_layers(model)]
+        (folds,) = {layer.num_folds("default") for layer in layers}
+        (epochs,) = {layer.epoch("default") for layer in layers}
+        self.folds.append(folds)
+        self.epochs.append(epochs)
+        self.weights.append(layers[3].get_base_layer().weight.detach().clone())
+
+
+# Learning
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"block_size": 16}, {"variant": "fully_stochastic", "block_size": 0.5}, {"orthogonal_map": "cayley"}],
+    ids=["block_stochastic", "fully_stochastic", "exact_cayley"],
+)
+def test_training_from_scratch_lowers_the_loss(tmp_path, overrides):
+    config = POETConfig.for_pretraining(**{"block_size": 16, "merge_interval": 10, **overrides})
+    trainer = trainer_of(get_peft_model(llama(), config), tmp_path, POETCallback(), max_steps=40)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.5
+
+
+@pytest.mark.parametrize("regime", [*ADAPTERS, *PERIODIC])
+def test_rotations_alone_lower_the_loss(tmp_path, regime):
+    model = get_peft_model(llama(), poet_config(regime, init_weights=True))
+    trainer = trainer_of(model, tmp_path, POETCallback(), lr=0.0, poet_lr=2e-2, max_steps=20)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.05
+
+
+@pytest.mark.parametrize("regime", ADAPTERS)
+def test_fine_tuning_leaves_the_base_weights_as_they_were(tmp_path, regime):
+    model = wrap(llama(), regime)
+    trainer_of(model, tmp_path, POETCallback(), max_steps=5).train()
+    after = {n.replace(".base_layer", ""): t for n, t in model.get_base_model().state_dict().items() if ".poet_" not in n}
+    assert_same_state(after, llama().state_dict())
+
+
+@pytest.mark.parametrize("regime", ADAPTERS)
+def test_callback_changes_nothing_without_a_merge_interval(tmp_path, regime):
+    models = [wrap(llama(), regime) for _ in range(2)]
+    for model, callbacks in zip(models, ([], [POETCallback()]), strict=True):
+        trainer_of(model, tmp_path, *callbacks, max_steps=5).train()
+    assert_same_state(models[1].state_dict(), models[0].state_dict())
+
+
+def test_training_in_bfloat16_autocast_lowers_the_loss(tmp_path):
+    config = POETConfig.for_pretraining(block_size=16, merge_interval=10)
+    trainer = trainer_of(get_peft_model(llama(), config), tmp_path, POETCallback(), max_steps=30, bf16=True)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.4
+
+
+# When folds happen
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("regime", PERIODIC)
+def test_folds_happen_exactly_at_multiples_of_merge_interval(tmp_path, regime, accumulation):
+    recorder = Recorder()
+    model = wrap(llama(), regime, merge_interval=3)
+    trainer_of(model, tmp_path, POETCallback(), recorder, gradient_accumulation_steps=accumulation).train()
+    assert recorder.folds == [step // 3 for step in range(1, 11)]
+
+
+def test_base_weights_change_at_folds_and_at_no_other_step(tmp_path):
+    recorder = Recorder()
+    trainer_of(wrap(llama(), "pretraining", merge_interval=3), tmp_path, POETCallback(), recorder).train()
+    changed = [not torch.equal(a, b) for a, b in zip(recorder.weights, recorder.weights[1:], strict=False)]
+    assert changed == [step % 3 == 0 for step in range(2, 11)]
+
+
+@pytest.mark.parametrize(
+    ("reinit_interval", "epochs"),
+    [
+        (None, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]),
+        (2, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]),
+        (4, [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]),
+        (0, [0] * 10),
+    ],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_reinitialisations_happen_at_multiples_of_reinit_interval(tmp_path, reinit_interval, epochs, accumulation):
+    recorder = Recorder()
+    model = wrap(llama(), "pretraining", merge_interval=2, reinit_interval=reinit_interval)
+    trainer_of(model, tmp_path, POETCallback(), recorder, gradient_accumulation_steps=accumulation).train()
+    assert recorder.epochs == epochs
+
+
+def test_folds_do_not_depend_on_reinitialisations(tmp_path):
+    recorder = Recorder()
+    model = wrap(llama(), "pretraining", merge_interval=2, reinit_interval=4)
+    trainer_of(model, tmp_path, POETCallback(), recorder).train()
+    assert recorder.folds == [step // 2 for step in range(1, 11)]
+
+
+def test_folds_happen_in_a_model_with_transformers_own_adapter(tmp_path):
+    recorder = Recorder()
+    model = llama()
+    model.add_adapter(poet_config("pretraining"))
+    trainer_of(model, tmp_path, POETCallback(), recorder).train()
+    assert recorder.folds == [step // 4 for step in range(1, 11)]
+
+
+def test_last_report_is_of_the_latest_fold(tmp_path):
+    callback = POETCallback()
+    assert callback.last_report is None
+    trainer_of(wrap(llama(), "pretraining"), tmp_path, callback).train()
+    assert isinstance(callback.last_report, MergeReport)
+    assert (callback.last_report.num_layers, callback.last_report.epoch) == (14, 2)
+
+
+def test_optimizer_state_of_the_rotations_starts_anew_with_every_fold(tmp_path):
+    callback = POETCallback()
+    trainer = trainer_of(wrap(llama(), "pretraining"), tmp_path, callback, max_steps=9)
+    trainer.train()
+    assert callback.last_report.num_states_reset == 28
+    steps = {int(trainer.optimizer.state[parameter]["step"]) for parameter in rotation_parameters(trainer.model)}
+    assert steps == {1}
+
+
+def test_model_without_poet_is_refused(tmp_path):
+    model = llama()
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    with pytest.raises(ValueError, match="get_peft_model"):
+        Trainer(model, arguments, train_dataset=text(), callbacks=[POETCallback()]).train()
+
+
+def test_frozen_adapter_is_refused(tmp_path):
+    model = wrap(llama())
+    model.set_adapter("default", inference_mode=True)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    with pytest.raises(ValueError, match="no trainable POET layer"):
+        Trainer(model, arguments, train_dataset=text(), callbacks=[POETCallback()]).train()
+
+
+# The gradient clip
+
+CLIP = 0.01  # far below the gradients' norm, so that the clip is what the optimizer sees
+
+
+def norms_seen_by_the_optimizer(model, directory, callback, **arguments):
+    norms = []
+
+    def record(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))))
+
+    trainer = trainer_of(model, directory, callback, **arguments)
+    trainer.optimizer.register_step_pre_hook(record)
+    trainer.train()
+    return norms
+
+
+@pytest.mark.parametrize(
+    ("ramp", "intervals", "fractions"),
+    [
+        (2, {"merge_interval": 4}, [1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1 / 3, 2 / 3]),
+        (0, {"merge_interval": 4}, [1] * 10),
+        (5, {"merge_interval": 4}, [1, 1, 1, 1, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 1 / 6, 2 / 6]),
+        (2, {"merge_interval": 2, "reinit_interval": 6}, [1, 1, 1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1]),
+        (2, {"merge_interval": 2, "reinit_interval": 0}, [1] * 10),
+    ],
+    ids=["ramp", "no ramp", "ramp longer than the interval", "folds without reinitialisation", "never"],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_clip_is_tight_after_a_reinitialisation_and_grows_back(tmp_path, ramp, intervals, fractions, accumulation):
+    norms = norms_seen_by_the_optimizer(
+        wrap(llama(), "pretraining", **intervals),
+        tmp_path,
+        POETCallback(clip_ramp_steps=ramp),
+        max_grad_norm=CLIP,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert norms == pytest.approx([fraction * CLIP for fraction in fractions], rel=1e-3)
+
+
+def test_default_ramp_is_ten_steps(tmp_path):
+    model = wrap(llama(), "pretraining", merge_interval=2, reinit_interval=2)
+    norms = norms_seen_by_the_optimizer(model, tmp_path, POETCallback(), max_grad_norm=CLIP, max_steps=3)
+    assert norms[2] == pytest.approx(CLIP / 11, rel=1e-3)
+
+
+def test_gradients_below_the_clip_are_left_alone(tmp_path):
+    norms = norms_seen_by_the_optimizer(wrap(llama(), "pretraining"), tmp_path, POETCallback(), max_grad_norm=1e4)
+    expected = norms_seen_by_the_optimizer(wrap(llama(), "pretraining"), tmp_path, POETCallback(0), max_grad_norm=1e4)
+    assert norms == expected
+
+
+def test_there_is_no_ramp_without_a_clip(tmp_path):
+    norms = norms_seen_by_the_optimizer(wrap(llama(), "pretraining"), tmp_path, POETCallback(), max_grad_norm=0.0)
+    assert min(norms) > CLIP
+
+
+def test_negative_ramp_is_refused():
+    with pytest.raises(ValueError, match="clip_ramp_steps=-1"):
+        POETCallback(clip_ramp_steps=-1)
+
+
+# Checkpoints
+
+
+class Run(NamedTuple):
+    directory: Path
+    state: dict
+    history: list
+
+
+def history(trainer):
+    return [(e["step"], e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Whole runs with a checkpoint after every step, by regime."""
+
+    @functools.cache
+    def run(regime):
+        directory = tmp_path_factory.mktemp(regime)
+        trainer = trainer_of(
+            wrap(llama(), regime), directory, POETCallback(2), save_strategy="steps", save_steps=1, eval_strategy="steps",
+            eval_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        return Run(directory, state(trainer.model), trainer.state.log_history)
+
+    return run
+
+
+def resumed(run, regime, step, directory, seed=42):
+    """Go on from a checkpoint in a model of which as much as possible differs: seeds, and in pretraining all weights."""
+    base = llama(seed=9 if regime == "pretraining" else 0)
+    model = get_peft_model(base, poet_config(regime, seed=5))
+    trainer = trainer_of(model, directory, POETCallback(2), seed=seed)
+    trainer.train(resume_from_checkpoint=str(run.directory / f"checkpoint-{step}"))
+    return trainer
+
+
+def losses(log_history):
+    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in log_history if "loss" in entry]
+
+
+each_checkpoint = pytest.mark.parametrize("step", [6, 8], ids=["between_folds", "at_a_fold"])
+each_seed = pytest.mark.parametrize("seed", [42, 7], ids=["same_seed", "other_seed"])
+
+
+@pytest.mark.parametrize("regime", ["block_stochastic", *PERIODIC])
+@each_checkpoint
+@each_seed
+def test_resumed_run_ends_bit_equal(uninterrupted, tmp_path, regime, step, seed):
+    run = uninterrupted(regime)
+    trainer = resumed(run, regime, step, tmp_path, seed)
+    if regime == "block_stochastic":  # its permutations are drawn once, from the seed of the model that wrote the file
+        assert {layer.seed("default") for _, layer in poet_layers(trainer.model)} == {0}
+    assert_same_state(trainer.model.state_dict(), run.state)
+
+
+@pytest.mark.parametrize("regime", PERIODIC)
+@each_checkpoint
+def test_resumed_run_logs_the_same_losses_and_gradient_norms(uninterrupted, tmp_path, regime, step):
+    run = uninterrupted(regime)
+    assert losses(resumed(run, regime, step, tmp_path).state.log_history) == losses(run.history)
+
+
+def files(run, step):
+    return load_file(run.directory / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("regime", PERIODIC)
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_checkpoint_of_a_step_knows_the_folds_up_to_it(uninterrupted, regime, step):
+    tensors = files(uninterrupted(regime), step)
+    schedules = {tuple(tensor.tolist()[:3]) for name, tensor in tensors.items() if name.endswith("poet_schedule")}
+    assert schedules == {(0, step // 4, step // 4)}
+
+
+@pytest.mark.parametrize("regime", PERIODIC)
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_only_the_checkpoint_of_a_fold_step_has_identity_rotations(uninterrupted, regime, step):
+    weights = [tensor for name, tensor in files(uninterrupted(regime), step).items() if ".poet_" in name]
+    rotations = [tensor for tensor in weights if tensor.is_floating_point()]
+    assert any(tensor.any() for tensor in rotations) == (step != 4)
+
+
+@pytest.mark.parametrize("regime", PERIODIC)
+def test_evaluation_of_a_fold_step_sees_the_folded_model(tmp_path, regime):
+    model = wrap(llama(), regime)
+    trainer = trainer_of(model, tmp_path, POETCallback(), max_steps=6, eval_strategy="steps", eval_steps=1)
+    seen = []
+
+    def record(layer, args):
+        if not layer.training:
+            seen.append((trainer.state.global_step, layer.num_folds("default")))
+
+    layer = next(layer for _, layer in poet_layers(model))
+    layer.register_forward_pre_hook(record)
+    trainer.train()
+    assert sorted(set(seen)) == [(step, step // 4) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("regime", PERIODIC)
+@pytest.mark.parametrize("step", [3, 4])
+def test_checkpoint_is_the_model_that_was_evaluated(uninterrupted, tmp_path, regime, step):
+    run = uninterrupted(regime)
+    (logged,) = [e["eval_loss"] for e in run.history if e["step"] == step and "eval_loss" in e]
+    model = PeftModel.from_pretrained(llama(), run.directory / f"checkpoint-{step}", is_trainable=True)
+    assert trainer_of(model, tmp_path).evaluate()["eval_loss"] == logged
+
+
+class Spoiler(TrainerCallback):
+    """Ruins the model after a step, by a learning rate that is far too high."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        if state.global_step == self.after:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = 0.3
+
+
+@pytest.mark.parametrize("regime", ["exact_cayley", *PERIODIC])
+def test_load_best_model_at_end_gives_the_model_with_the_best_loss(tmp_path, regime):
+    """The best model is from before the fold of step 4, the last one from after it."""
+    trainer = trainer_of(
+        wrap(llama(), regime),
+        tmp_path,
+        POETCallback(),
+        Spoiler(after=3),
+        max_steps=7,
+        lr_scheduler_type="constant_with_warmup",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.create_scheduler(7)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
+    trainer.train()
+    by_step = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert min(by_step, key=by_step.get) < 4 and by_step[7] > min(by_step.values()) + 0.1
+    assert trainer.evaluate()["eval_loss"] == min(by_step.values())
+
+
+@pytest.mark.parametrize("regime", PERIODIC)
+def test_saved_model_computes_what_the_trained_one_does(tmp_path, regime):
+    trainer = trainer_of(wrap(llama(), regime), tmp_path, POETCallback(), max_steps=6)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "final", is_trainable=True)
+    assert trainer_of(loaded, tmp_path).evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+def test_loss_of_every_step_is_finite(tmp_path):
+    trainer = trainer_of(wrap(llama(), "pretraining", merge_interval=1), tmp_path, POETCallback(), poet_lr=0.1)
+    trainer.train()
+    assert all(math.isfinite(loss) for _, loss, _ in losses(trainer.state.log_history))
