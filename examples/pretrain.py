@@ -8,9 +8,7 @@
 
 Without flags it needs neither network nor data: it reads the source of the Python standard library that it runs on,
 without its tests and its generated tables, and holds out 5 % of the files. All `TrainingArguments` flags work.
-`output_dir` receives a plain transformers checkpoint, `metrics.json` and `loss.png`; the end of the run looks like
-
-    method  trained in the linear layers  tokens   validation loss  perplexity  seconds  peak MB
+`output_dir` receives a plain transformers checkpoint, `metrics.json` and `loss.png`.
 """
 
 import hashlib
@@ -28,16 +26,20 @@ from typing import Literal
 import datasets
 import matplotlib
 import peft
+import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer
-from transformers import GenerationConfig, HfArgumentParser, TrainingArguments, set_seed
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.hf_argparser import HfArg
 
 import poet_peft
 from poet_peft import POETCallback, POETConfig, poet_param_groups
 from poet_peft.initialization import initialize_base_weights
+
 
 # Hidden size, intermediate size, layers, heads: the Llamas of the POET paper, and GaLore's 20m. Their names count a
 # vocabulary of 32 000; with the default 4 096, 20m has 5.3 million parameters.
@@ -48,7 +50,7 @@ PRESETS = {
     "350m": (1024, 2736, 24, 16),
     "1.3b": (2048, 5461, 24, 32),
 }
-METHODS = {  # the flags of one method only, and their defaults
+METHODS = {  # flags that belong to one method, and their defaults
     "poet": {"variant": "block_stochastic", "block_size": 256.0, "merge_interval": 200, "poet_lr": 1e-3},
     "adamw": {"matrix_lr": 1e-3},
 }
@@ -77,13 +79,13 @@ class ExampleArguments:
 
 
 @dataclass
-class TrainArguments(TrainingArguments):
+class TrainArguments(transformers.TrainingArguments):
     output_dir: str = "pretrain-output"
     max_steps: int = 600
     per_device_train_batch_size: int = 4
     learning_rate: float = HfArg(default=5e-3, help="of everything but the linear layers: embeddings, norms, head")
     weight_decay: float = 0.01
-    max_grad_norm: float = 0.1
+    max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine_with_min_lr"
     logging_steps: float = 10
     eval_strategy: str = "steps"
@@ -91,12 +93,14 @@ class TrainArguments(TrainingArguments):
     eval_on_start: bool = True
     save_strategy: str = "no"
     report_to: str = "none"
-    dataloader_pin_memory: bool = torch.cuda.is_available()
+    use_cpu: bool = not torch.accelerator.is_available()  # what torchrun needs on CPUs
+    dataloader_pin_memory: bool = torch.accelerator.is_available()
     include_num_input_tokens_seen: str = "all"
 
 
 def parse_arguments():
-    args, train_args = HfArgumentParser((ExampleArguments, TrainArguments)).parse_args_into_dataclasses()
+    parser = transformers.HfArgumentParser((ExampleArguments, TrainArguments))
+    args, train_args = parser.parse_args_into_dataclasses()
     for method, defaults in METHODS.items():
         for name, default in defaults.items():
             given = getattr(args, name)
@@ -125,16 +129,18 @@ class DatasetTexts:
 
     def __iter__(self):
         texts = (row[self.column] for row in self.rows)
-        return (text for text in texts if (int.from_bytes(digest(text)) % 20 == 0) == self.held_out)
+        return (text for text in texts if (int.from_bytes(digest(text), "big") % 20 == 0) == self.held_out)
 
 
 def read_texts(args):
-    """Training texts and held-out texts."""
+    """Training texts and held-out texts. Which is which depends on names (files) or contents (data sets) only."""
     if args.dataset:
         rows = datasets.load_dataset(args.dataset, args.dataset_config, split="train", streaming=args.streaming)
         columns = list(next(iter(rows)))
         if args.text_column not in columns:
-            raise ValueError(f"{args.dataset} has no column {args.text_column!r}: --text_column can be one of {columns}")
+            raise ValueError(
+                f"{args.dataset} has no column {args.text_column!r}: --text_column can be one of {columns}"
+            )
         return DatasetTexts(rows, args.text_column, False), DatasetTexts(rows, args.text_column, True)
     if args.text_files:
         files = {path: Path(path) for path in sorted(set(args.text_files))}
@@ -148,26 +154,24 @@ def read_texts(args):
     if len(texts) < 20:  # too few to hold out a twentieth of the files: the end of each one instead
         cuts = [(text, len(text) * 19 // 20) for text in texts.values()]
         return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
-    held_out = sorted(texts, key=digest)[: round(len(texts) / 20)]
-    return [text for name, text in texts.items() if name not in held_out], [texts[name] for name in held_out]
+    held_out = set(sorted(texts, key=digest)[: round(len(texts) / 20)])
+    return [t for name, t in texts.items() if name not in held_out], [texts[name] for name in sorted(held_out)]
 
 
 def train_tokenizer(texts, vocab_size):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
+    tokenizer = tokenizers.Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def pack(texts, tokenizer, seq_length):
-    """Sequences of `seq_length` tokens from texts joined by an end-of-text token; the incomplete last one is dropped."""
+    """Sequences of `seq_length` tokens from texts joined by end-of-text tokens; an incomplete last one is dropped."""
     texts, tokens = iter(texts), []
     while some := list(itertools.islice(texts, 256)):
         for ids in tokenizer(some)["input_ids"]:
@@ -189,16 +193,17 @@ class PackedStream(torch.utils.data.IterableDataset):
 def build_model(args, tokenizer):
     if args.model_config in PRESETS:
         names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-        config = AutoConfig.for_model("llama", **dict(zip(names, PRESETS[args.model_config])), rms_norm_eps=1e-6)
+        settings = dict(zip(names, PRESETS[args.model_config], strict=True))
     elif Path(args.model_config).is_file():
-        config = AutoConfig.from_pretrained(args.model_config)
+        settings = json.loads(Path(args.model_config).read_text())
     else:
         raise ValueError(f"--model_config {args.model_config}: neither one of {', '.join(PRESETS)} nor a JSON file")
+    config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
     config.vocab_size = len(tokenizer)
     config.max_position_embeddings = max(1024, args.seq_length)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config = transformers.GenerationConfig.from_model_config(config)
     return model
 
 
@@ -224,18 +229,18 @@ def peak_memory_mb():
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def plot(log, final_loss, path, title):
+def plot(log, final_loss, title, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for key, label, style in ("loss", "training", "-"), ("eval_loss", "held-out text", "o-"):
         points = [(entry["num_input_tokens_seen"], entry[key]) for entry in log if key in entry]
-        axes.plot(*zip(*points), style, label=label, markersize=4, linewidth=1.2)
+        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
     axes.axhline(final_loss, color="gray", linestyle="--", linewidth=1, label=f"held-out text, end: {final_loss:.3f}")
     axes.set(xlabel="training tokens", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
@@ -253,29 +258,29 @@ def main():
     if not args.streaming:
         train_set = list(train_set)
     if not held_out or next(iter(train_set), None) is None:
-        raise ValueError(f"the text does not fill one sequence of --seq_length {args.seq_length}: pass more or lower it")
+        raise ValueError(
+            f"the text does not fill one sequence of --seq_length {args.seq_length}: pass more or lower it"
+        )
 
-    set_seed(train_args.seed)
+    transformers.set_seed(train_args.seed)
     model = build_model(args, tokenizer)
-    num_total = sum(p.numel() for p in model.parameters())
+    num_total = model.num_parameters()
     num_rest = num_total - sum(p.numel() for p in linear_weights(model))
+    lr, decay = train_args.learning_rate, train_args.weight_decay
     if args.method == "poet":
-        block_size = args.block_size if args.block_size < 1 else int(args.block_size)
-        poet_config = POETConfig.for_pretraining(
+        config = POETConfig.for_pretraining(
             variant=args.variant,
-            block_size=block_size,
+            block_size=args.block_size if args.block_size < 1 else int(args.block_size),
             merge_interval=args.merge_interval,
             base_init=args.base_init,
             seed=train_args.seed,
         )
-        model = peft.get_peft_model(model, poet_config)
-        groups = poet_param_groups(
-            model, lr=train_args.learning_rate, poet_lr=args.poet_lr, weight_decay=train_args.weight_decay
-        )
+        model = peft.get_peft_model(model, config)
+        groups = poet_param_groups(model, lr=lr, poet_lr=args.poet_lr, weight_decay=decay)
     else:
         initialize_base_weights(model, args.base_init, seed=train_args.seed)
-        groups = adamw_groups(model, train_args.learning_rate, args.matrix_lr, train_args.weight_decay)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        groups = adamw_groups(model, lr, args.matrix_lr, decay)
+    num_trained = model.num_parameters(only_trainable=True)
 
     optimizer_cls, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(train_args, model)
     trainer = Trainer(
@@ -316,27 +321,27 @@ def main():
         "train_tokens": trainer.state.num_input_tokens_seen,
         "parameters": {"model": num_total, "trained": num_trained, "trained_in_linear_layers": num_trained - num_rest},
         "peak_memory_mb": memory,
-        "seconds": time.perf_counter() - start,
         "train_seconds": train_output.metrics["train_runtime"],
-        "versions": {"python": platform.python_version()}
-        | {m.__name__: m.__version__ for m in (torch, transformers, peft, poet_peft)},
+        "seconds": time.perf_counter() - start,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, poet_peft)}
+        | {"python": platform.python_version()},
         "settings": asdict(args) | train_args.to_sanitized_dict(),
         "log": trainer.state.log_history,
     }
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
-    plot(trainer.state.log_history, loss, output_dir / "loss.png", f"{args.method}, {num_total / 1e6:.1f}M parameters")
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    title = f"{args.method}, {num_total / 1e6:.1f}M parameters, {num_trained / 1e6:.1f}M trained"
+    plot(trainer.state.log_history, loss, title, output_dir / "loss.png")
 
-    set_seed(train_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     prompt = held_out[0]["input_ids"][None, :16].to(reloaded.device)
-    sample = reloaded.generate(prompt, max_new_tokens=64, do_sample=True, temperature=0.7, top_k=50)
-    print(f"\n--- sample of the reloaded checkpoint, after {tokenizer.decode(prompt[0])!r}")
-    print(tokenizer.decode(sample[0, 16:]))
-    memory = "unknown" if memory is None else f"{memory:,.0f} MB"
+    sample = reloaded.generate(prompt, max_new_tokens=64, do_sample=True, temperature=0.7)
     print(f"""
+--- sample of the reloaded checkpoint, after {tokenizer.decode(prompt[0])!r}
+{tokenizer.decode(sample[0, 16:])}
+---
 method        {args.method}
 parameters    {num_total:,}, trained {num_trained:,}, of them in the linear layers {num_trained - num_rest:,}
-training      {metrics["train_tokens"]:,} tokens, {metrics["seconds"]:.0f} s in all, peak memory {memory}
+training      {metrics["train_tokens"]:,} tokens, {metrics["seconds"]:.0f} s in all, peak memory {memory:,.0f} MB
 validation    loss {loss:.4f}, perplexity {math.exp(loss):.2f} on {metrics["eval_tokens"]:,} held-out tokens
 written to    {output_dir}""")
 

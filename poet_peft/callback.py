@@ -18,8 +18,12 @@ class POETCallback(TrainerCallback):
     """Folds the rotations every `POETConfig.merge_interval` optimizer steps and reinitialises with them.
 
     The fold happens at the end of the step, before Trainer logs, evaluates and saves: what these see of a step is the
-    folded model. The schedule is read off `state.global_step` and the tensors of the adapter, so a resumed run goes
-    on where the saved one stood.
+    folded model. Steps are counted by `state.global_step`, less those that a gradient scaler skipped; both are in a
+    checkpoint, so a resumed run goes on where the saved one stood.
+
+    The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`, `poet/max_rotation_angle`,
+    `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json`, on the console, and in every reporting
+    callback that comes after this one.
 
     After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at
     `max_grad_norm / (clip_ramp_steps + 1)` and grows back linearly. Without a `max_grad_norm` there is no ramp.
@@ -39,6 +43,8 @@ class POETCallback(TrainerCallback):
             raise ValueError(f"clip_ramp_steps={clip_ramp_steps} must not be negative.")
         self.clip_ramp_steps = clip_ramp_steps
         self.last_report: MergeReport | None = None
+        self._pending: dict[str, float] = {}
+        self._num_skipped_steps = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -48,11 +54,14 @@ class POETCallback(TrainerCallback):
                 "POETCallback found no trainable POET layer in the model: pass peft_config=POETConfig(...) to the "
                 "trainer, or wrap the model with get_peft_model first."
             )
+        self._num_skipped_steps = max(
+            layer.num_skipped_steps(name) for _, layer in poet_layers(model) for name in layer.poet_schedule
+        )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        fraction = self._clip_fraction(_config(model), state.global_step)
+        fraction = self._clip_fraction(_config(model), self._steps_done(state))
         if fraction < 1 and args.max_grad_norm:
             trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, fraction * args.max_grad_norm)
@@ -67,10 +76,35 @@ class POETCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         config = _config(model)
-        if config.merge_interval and state.global_step % config.merge_interval == 0:
-            self.last_report = merge_and_reinitialize(
-                model, optimizer, reinitialize=config.reinitializes_at(state.global_step)
-            )
+        if getattr(optimizer, "step_was_skipped", False):  # by a gradient scaler, says accelerate's wrapper
+            self._num_skipped_steps += 1
+            for _, layer in poet_layers(model):
+                for adapter_name in layer.poet_schedule:
+                    layer.count_skipped_step(adapter_name)
+            return
+        step = self._steps_done(state)
+        if config.merge_interval and step % config.merge_interval == 0:
+            self.last_report = merge_and_reinitialize(model, optimizer, reinitialize=config.reinitializes_at(step))
+            self._pending = _as_logs(self.last_report)
+            # Logged with the step itself, unless folds come more often than logs.
+            control.should_log |= config.merge_interval >= state.logging_steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and self._pending and "loss" in logs:
+            logs.update(self._pending)
+            state.log_history[-1].update(self._pending)
+            self._pending = {}
+
+    def _steps_done(self, state: TrainerState) -> int:
+        """Optimizer steps that happened: Trainer counts the skipped ones too."""
+        return state.global_step - self._num_skipped_steps
 
     def _clip_fraction(self, config: POETConfig, step: int) -> float:
         """The part of `max_grad_norm` that holds for the optimizer step after `step` completed ones."""
@@ -84,3 +118,13 @@ def _config(model: nn.Module) -> POETConfig:
     _, layer = next(poet_layers(model))
     configs = getattr(model, "peft_config", {})
     return next(configs[name] for name in layer.active_adapters if name in configs)
+
+
+def _as_logs(report: MergeReport) -> dict[str, float]:
+    return {
+        "poet/epoch": report.epoch,
+        "poet/orthogonality_error": report.orthogonality_error,
+        "poet/max_rotation_angle": report.max_rotation_angle,
+        "poet/spectral_drift": report.spectral_drift,
+        "poet/states_reset": report.num_states_reset,
+    }

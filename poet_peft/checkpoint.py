@@ -121,8 +121,8 @@ def load_base_tensors(
         for name in given[1:]:
             if not torch.equal(tensors[name], tensors[given[0]]):
                 raise POETCheckpointError(
-                    f"the file holds different values for {given[0]!r} and {name!r}, which share one parameter in this "
-                    "model. Load it into a model that does not tie them (tie_word_embeddings=False)."
+                    f"the file holds different values for {given[0]!r} and {name!r}, which share one parameter in "
+                    "this model. Load it into a model that does not tie them (tie_word_embeddings=False)."
                 )
     for name, layer in layers.items():
         others = [other for other in layer.poet_schedule if other != adapter_name]

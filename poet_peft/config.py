@@ -158,7 +158,9 @@ class POETConfig(PeftConfig):
         _check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
         self._check_reinit_interval()
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform; pass both, or neither.")
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} is given without layers_to_transform; pass both, or neither."
+            )
         if self.train_rest and self.modules_to_save:
             raise ValueError(
                 f"train_rest=True already trains and saves modules_to_save={self.modules_to_save}; leave it out."

@@ -304,8 +304,9 @@ class POETLayer(BaseTunerLayer):
         for rotation in self.rotations(adapter_name):
             if not rotation.is_usable():
                 raise POETMergeError(
-                    f"the rotation {rotation.side} of {self.module_name!r} is NaN or has grown without bound. No "
-                    "weight was changed. Go back to the last checkpoint and lower the learning rate of the rotations."
+                    f"the rotation {rotation.side} of {self.module_name!r} is NaN or infinite, or has grown without "
+                    "bound. No weight was changed. Go back to the last checkpoint and lower the learning rate of the "
+                    "rotations."
                 )
 
     @torch.no_grad()

@@ -296,7 +296,7 @@ def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]])
     if len(names) > 1:
         raise ValueError(
             f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation of "
-            f"one would change the other, or untie them. Add {name!r} to exclude_modules."
+            f"one would change the other. Add {name!r} to exclude_modules."
         )
 
 

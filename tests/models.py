@@ -63,9 +63,9 @@ def bert_classifier(seed=0):
     return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
 
 
-def wrap(base, regime="block_stochastic", adapter_name="default", seed=0, **overrides):
-    """`get_peft_model` with random rotations drawn from `seed`."""
-    torch.manual_seed(seed)
+def wrap(base, regime="block_stochastic", adapter_name="default", rotation_seed=0, **overrides):
+    """`get_peft_model` with random rotations drawn from `rotation_seed`."""
+    torch.manual_seed(rotation_seed)
     return get_peft_model(base, poet_config(regime, **overrides), adapter_name=adapter_name)
 
 

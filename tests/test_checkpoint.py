@@ -1,4 +1,4 @@
-"""What an adapter file holds, that every loader gives back the model that was saved, and that bad files change nothing."""
+"""What an adapter file holds; every loader gives back the model that was saved, and a bad file changes nothing."""
 
 import functools
 import json
@@ -53,9 +53,9 @@ REST_KEYS = {f"{PREFIX}{name}" for name in llama().state_dict() if name.removesu
 LAYER = f"{PREFIX}{LAYERS[4]}"  # the one that most tests edit
 
 
-def trained(regime, tied=False, adapter_name="default", seed=0, **overrides):
+def trained(regime, tied=False, adapter_name="default", **overrides):
     """A model whose every trainable tensor has moved; a periodic one has been folded and has rotated since."""
-    model = wrap(llama(tied), regime, adapter_name, seed=seed, **overrides)
+    model = wrap(llama(tied), regime, adapter_name, **overrides)
     optimizer = train(model)
     if regime in PERIODIC:
         merge_and_reinitialize(model, optimizer)
@@ -102,8 +102,8 @@ def saved(tmp_path_factory):
 def edited(saved, tmp_path):
     """A saved model with an edit of its tensors or of its adapter_config.json."""
 
-    def edit(regime, edit_tensors=None, **config):
-        original = saved(regime)
+    def edit(regime, edit_tensors=None, tied=False, **config):
+        original = saved(regime, tied)
         copy = tmp_path / "edited"
         shutil.copytree(original.adapter, copy)
         if edit_tensors is not None:
@@ -219,7 +219,7 @@ PAIRS = [("a", "ab"), ("ab", "a"), ("default", "poet"), ("default", "model"), ("
 
 
 def two_adapters(first, second):
-    model = wrap(llama(), "block_stochastic", first, seed=1)
+    model = wrap(llama(), "block_stochastic", first, rotation_seed=1)
     model.add_adapter(second, poet_config("fully_stochastic"))
     return model
 
@@ -290,6 +290,17 @@ def test_bfloat16_model_loads_bit_equal(tmp_path, regime, low_cpu_mem_usage):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@each_memory
+def test_resized_embeddings_load_bit_equal(tmp_path, low_cpu_mem_usage):
+    base, other = llama(), llama()
+    for model in (base, other):
+        model.resize_token_embeddings(132, mean_resizing=False)
+    model = wrap(base)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.parametrize("regime", ["block_stochastic", "periodic"])
 @each_memory
 def test_modules_to_save_load_bit_equal(tmp_path, regime, low_cpu_mem_usage):
@@ -340,6 +351,22 @@ def test_periodic_file_always_holds_the_base_weights(tmp_path, tied, folds):
     tensors = tensors_of(tmp_path)
     assert tensors.keys() == ROTATION_KEYS | BASE_KEYS
     assert_same_state({key: tensors[key] for key in BASE_KEYS}, {key: model.state_dict()[key] for key in BASE_KEYS})
+
+
+RESIDUAL_KEYS = {f"{PREFIX}{layer}.poet_residual" for layer in LAYERS}
+
+
+@pytest.mark.parametrize(
+    ("regime", "compensated_folds", "keys"),
+    [
+        ("block_stochastic", True, ROTATION_KEYS),
+        ("periodic", True, ROTATION_KEYS | BASE_KEYS | RESIDUAL_KEYS),
+        ("periodic", False, ROTATION_KEYS | BASE_KEYS),
+    ],
+)
+def test_bfloat16_file_holds_what_folds_cut_off(tmp_path, regime, compensated_folds, keys):
+    wrap(llama().bfloat16(), regime, compensated_folds=compensated_folds).save_pretrained(tmp_path)
+    assert tensors_of(tmp_path).keys() == keys
 
 
 @each_tie
@@ -424,6 +451,15 @@ def test_resumed_model_folds_to_the_same_weights(saved, resume, regime):
     assert_same_state(resumed.state_dict(), uninterrupted.state_dict())
 
 
+@pytest.mark.parametrize("compensated_folds", [False, True])
+def test_resumed_bfloat16_model_folds_to_the_same_weights(tmp_path, compensated_folds):
+    model = wrap(llama().bfloat16(), "periodic", compensated_folds=compensated_folds)
+    merge_and_reinitialize(model, train(model, 2))
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(llama().bfloat16(), tmp_path, is_trainable=True)
+    assert_same_state(_finish(resumed).state_dict(), _finish(model).state_dict())
+
+
 @pytest.mark.parametrize("regime", PERIODIC)
 def test_loading_a_checkpoint_to_train_on_warns_of_nothing(saved, recwarn, regime):
     case = saved(regime)
@@ -498,7 +534,7 @@ each_bad_file = pytest.mark.parametrize(("regime", "edit", "named"), BAD_FILES.v
 @each_bad_file
 def test_bad_file_is_refused_and_changes_nothing(edited, regime, edit, named):
     case = edited(regime, edit)
-    model = wrap(llama(), regime, seed=3)
+    model = wrap(llama(), regime, rotation_seed=3)
     before = state(model)
     with pytest.raises(POETCheckpointError, match=named):
         model.load_adapter(case.adapter, "default")
@@ -532,6 +568,17 @@ def test_bad_state_dict_is_refused_by_an_injected_model(edited):
     assert_same_state(model.state_dict(), before)
 
 
+def test_different_values_for_a_tied_weight_are_refused(edited):
+    """As in the file of a model that was not tied: either value would be wrong."""
+
+    def untie(tensors):
+        tensors[f"{PREFIX}lm_head.weight"] = tensors[EMBEDDING] + 1
+
+    case = edited("pretraining", untie, tied=True)
+    with pytest.raises(POETCheckpointError, match="lm_head"):
+        PeftModel.from_pretrained(case.load_base(), case.adapter)
+
+
 @pytest.mark.parametrize(
     ("regime", "config", "named"),
     [
@@ -542,7 +589,7 @@ def test_bad_state_dict_is_refused_by_an_injected_model(edited):
         ("block_stochastic", {"merge_interval": 4}, r"layers\.0\.mlp\.down_proj\.base_layer"),
         ("block_stochastic", {"train_rest": True}, "lm_head"),
         ("periodic", {"merge_interval": 0}, r"layers\.0\.mlp\.down_proj\.base_layer"),
-        ("pretraining", {"train_rest": False}, "embed_tokens"),
+        ("pretraining", {"train_rest": False}, "input_layernorm"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -554,7 +601,7 @@ def test_config_that_contradicts_the_file_is_refused(edited, regime, config, nam
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_loading_over_a_merged_adapter_is_refused_and_changes_nothing(saved, regime):
-    model = wrap(llama(), regime, seed=3)
+    model = wrap(llama(), regime, rotation_seed=3)
     model.merge_adapter()
     before = state(model)
     with pytest.raises(POETCheckpointError, match="unmerge_adapter"):
@@ -595,6 +642,6 @@ def test_checkpoint_with_train_rest_is_refused_beside_another_adapter(saved):
 def test_state_dict_taken_from_a_live_model_loads_into_another(saved):
     case = saved("periodic")
     source = PeftModel.from_pretrained(case.load_base(), case.adapter)
-    target = wrap(case.load_base(), "periodic", seed=3)
+    target = wrap(case.load_base(), "periodic", rotation_seed=3)
     set_peft_model_state_dict(target, get_peft_model_state_dict(source))
     assert torch.equal(logits(target.eval()), case.logits)

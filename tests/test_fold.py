@@ -27,11 +27,14 @@ from cases import (
 )
 
 from poet_peft import POETConfig, POETMergeError, merge_and_reinitialize
+from poet_peft.precision import join, split
 from poet_peft.primitives import draw_index, partition_side
 
 
 # Largest relative change of the output: rounding of the folded weight.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+for_both_16_bit_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 # Below an angle of about 0.03 the orthogonal matrix next to the series is folded instead of the series.
 for_large_and_small_angles = pytest.mark.parametrize("theta", [0.4, 0.02])
@@ -173,24 +176,25 @@ def test_series_changes_singular_values_by_the_reported_drift_at_most(case, thet
     assert change <= report.spectral_drift + 1e-12
 
 
-def worst_fold(k, theta):
+def worst_fold(k, theta, both_sides=True):
     """Largest change of a singular value, and the report: the identity as weight, turned by the same blocks from both
-    sides, so that every defect of the series adds up."""
+    sides, so that every defect of the series adds up; or from one side only."""
     case = Case("worst", 64, 64, block_size=32, bias=False, num_neumann_terms=k, dtype=torch.float64)
     model, layer = periodic(case, theta)
     R, P = layer.rotations("default")
     with torch.no_grad():
         layer.get_base_layer().weight.copy_(torch.eye(64))
-        P.weight.copy_(R.weight)
+        P.weight.copy_(R.weight * both_sides)
         P.index.copy_(R.index)
     report = merge_and_reinitialize(model)
     return float((singular_values(layer) - 1).abs().max()), report
 
 
+@pytest.mark.parametrize("both_sides", [True, False], ids=["both-sides", "one-side"])
 @pytest.mark.parametrize("theta", [0.1, 0.4, 0.8])
 @pytest.mark.parametrize("k", range(1, 9))
-def test_reported_drift_bounds_the_worst_weight_and_rotations(k, theta):
-    change, report = worst_fold(k, theta)
+def test_reported_drift_bounds_the_worst_weight_and_rotations(k, theta, both_sides):
+    change, report = worst_fold(k, theta, both_sides)
     assert change <= report.spectral_drift + 1e-12
 
 
@@ -232,7 +236,7 @@ def test_many_folds_turn_the_weight():
     assert relative_error(matrix(layer.get_base_layer()), matrix(base_layer(PLAIN))) > 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@for_both_16_bit_dtypes
 def test_many_folds_of_a_low_precision_weight_drift_by_its_rounding_only(dtype):
     drift, _ = drift_of_many_folds(Case("low", dtype=dtype))
     assert drift < torch.finfo(dtype).eps / 8
@@ -242,6 +246,63 @@ def test_many_folds_without_compensation_drift_further():
     compensated, _ = drift_of_many_folds(Case("low", dtype=torch.bfloat16))
     plain, _ = drift_of_many_folds(Case("low", dtype=torch.bfloat16), compensated_folds=False)
     assert plain > 4 * compensated
+
+
+# What rounding cuts off a 16-bit weight
+
+
+def awkward_numbers():
+    """Many sizes, and the neighbours of powers of two, where the last place changes."""
+    sizes = torch.cat([normal(500, seed=e + 10) * 10.0**e for e in range(-7, 5)]).clamp(-6e4, 6e4)
+    powers = 2.0 ** torch.arange(-16, 15)
+    eps = torch.finfo(torch.float32).eps
+    return torch.cat([sizes, powers, -powers, powers * (1 - eps / 2), powers * (1 + eps), torch.zeros(1)])
+
+
+@for_both_16_bit_dtypes
+def test_weight_and_residual_together_hold_the_float32_value(dtype):
+    value = awkward_numbers()
+    rounded, rest = split(value, dtype)
+    assert torch.equal(rounded, value.to(dtype))
+    assert (rest.dtype, rest.shape) == (torch.int16, value.shape)
+    smallest = 2.0**-40  # of float16, which has no digits below 2^-24
+    assert ((join(rounded, rest) - value).abs() <= torch.finfo(torch.float32).eps * value.abs() + smallest).all()
+
+
+@for_both_16_bit_dtypes
+def test_weight_without_residual_is_itself(dtype):
+    weight = awkward_numbers().to(dtype)
+    rounded, rest = split(weight.float(), dtype)
+    assert torch.equal(rounded, weight)
+    assert not rest.any()
+    assert torch.equal(join(weight, rest), weight.float())
+
+
+@for_both_16_bit_dtypes
+def test_second_fold_goes_on_from_the_unrounded_weight(dtype):
+    case = Case("low", dtype=dtype)
+    model, layer = periodic(case)
+    exact = matrix(layer.get_base_layer())
+    for seed in (30, 40):
+        randomize(model, 0.4, seed=seed)
+        R = dense_rotation(case, case.out_features, layer.poet_R)
+        P = dense_rotation(case, case.in_features, layer.poet_P)
+        exact = R @ exact @ P
+        merge_and_reinitialize(model)
+    rounding = 0.5 * torch.finfo(dtype).eps * exact.abs()
+    assert ((matrix(layer.get_base_layer()) - exact).abs() <= rounding + 4e-6).all()
+
+
+@for_every_case
+def test_residual_is_kept_for_16_bit_weights_in_periodic_training_only(case):
+    low = case.dtype in (torch.bfloat16, torch.float16)
+    for overrides, kept in (
+        ({"merge_interval": 10}, low),
+        ({"merge_interval": 10, "compensated_folds": False}, False),
+        ({"merge_interval": 0}, False),
+    ):
+        _, layer = rotated(case, **overrides)
+        assert ("default" in layer.poet_residual) == kept
 
 
 # What is left behind
@@ -348,7 +409,7 @@ def test_report_describes_the_fold(case):
     assert report.num_states_reset == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@for_both_16_bit_dtypes
 def test_report_shows_the_rounding_of_the_weight(dtype):
     model, _ = periodic(Case("low", dtype=dtype))
     change = merge_and_reinitialize(model).relative_output_change
@@ -381,7 +442,7 @@ def refusal_of(value, side):
         rotation = getattr(model.base_model.model.second, f"poet_{side}")["default"]
         with torch.no_grad():
             rotation.weight[0] = value
-        return model, "second", f"rotation {side}.*NaN or infinite"
+        return model, "second", f"rotation {side}.*NaN or has grown without bound"
 
     return build
 

@@ -21,7 +21,11 @@ from poet_peft import POETConfig
 from poet_peft.ops import paths, reference
 
 
-PATHS = {"input-centric": reference.poet_linear, "weight-centric": paths.weight_centric}
+PATHS = {
+    "reference": reference.poet_linear,
+    "input-centric": paths.input_centric,
+    "weight-centric": paths.weight_centric,
+}
 
 # Largest ||g - g_exact|| / ||g_exact||: some ten roundings of numbers that partly cancel.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}

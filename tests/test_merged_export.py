@@ -1,4 +1,4 @@
-"""`merge_and_unload().save_pretrained()` writes a plain model that transformers alone loads and that computes the same."""
+"""`merge_and_unload().save_pretrained()` writes a plain model, from which transformers alone computes the same."""
 
 import subprocess
 import sys

@@ -12,6 +12,7 @@ from poet_peft.orthogonal import (
     orthogonality_error,
     skew,
     skew_norm,
+    spectrum_bound,
 )
 
 
@@ -230,7 +231,7 @@ def test_maps_of_an_empty_batch_are_empty(name):
     assert [f(torch.zeros(0, 4, 4)).shape for f in MAPS[name]] == [(0, 4, 4), (0, 4, 4)]
 
 
-# orthogonality_error and skew_norm
+# orthogonality_error, spectrum_bound and skew_norm
 
 
 def test_orthogonality_error_is_the_largest_entry_over_the_batch():
@@ -242,6 +243,24 @@ def test_orthogonality_error_is_the_largest_entry_over_the_batch():
 
 def test_orthogonality_error_of_nothing_is_zero():
     assert float(orthogonality_error(torch.zeros(0, 3, 3))) == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("theta", [0.02, 0.4, 2.0])
+@for_every_size
+def test_spectrum_bound_holds_all_singular_values(n, theta, k):
+    G = torch.stack([cayley_neumann(skew_of_norm(n, theta, seed=seed), k) for seed in range(4)])
+    largest = (torch.linalg.svdvals(G) ** 2 - 1).abs().amax(-1)
+    bound = spectrum_bound(G)
+    assert bound.shape == (4,)
+    assert (largest <= bound + 1e-13).all()
+    assert (bound <= 1.2 * largest + 1e-13).all()
+
+
+@pytest.mark.parametrize("n", [2, 8, 33])
+def test_spectrum_bound_of_an_orthogonal_matrix_is_zero_to_rounding(n):
+    assert float(spectrum_bound(cayley(skew_by_hand(n, 1.0)))) < 1e-13
+    assert float(spectrum_bound(torch.eye(n))) < 1e-30
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16, 33, 64])

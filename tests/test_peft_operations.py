@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from poet_peft import POETMergeError, POETReferenceError, merge_and_reinitialize
 from poet_peft.model import poet_layers
 
+
 each_regime = pytest.mark.parametrize("regime", REGIMES)
 each_adapter = pytest.mark.parametrize("regime", [*ADAPTERS, "periodic"])  # all that leave the rest alone
 each_periodic = pytest.mark.parametrize("regime", PERIODIC)
@@ -53,9 +54,18 @@ def folded_in_transformers(**overrides):
     return model
 
 
+def disabled(model):
+    """The model with its adapter disabled, for good."""
+    if isinstance(model, PeftModel):
+        model.base_model.disable_adapter_layers()
+    else:
+        model.disable_adapters()
+    return model
+
+
 def two_adapters(first="first", second="second"):
     """`first` is active."""
-    model = wrap(llama(), "block_stochastic", first, seed=1)
+    model = wrap(llama(), "block_stochastic", first, rotation_seed=1)
     model.add_adapter(second, poet_config("fully_stochastic"))
     return model
 
@@ -281,6 +291,28 @@ def test_kept_initial_weights_come_back_when_the_adapter_is_deleted():
     assert torch.equal(logits(model.base_model.model), logits(llama()))
 
 
+LOADERS = {
+    "PeftModel": lambda directory: PeftModel.from_pretrained(llama(), directory),
+    "PeftModel_low_memory": lambda directory: PeftModel.from_pretrained(llama(), directory, low_cpu_mem_usage=True),
+    "transformers": lambda directory: (model := llama(), model.load_adapter(str(directory)))[0],
+}
+each_loader = pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+
+
+@each_loader
+def test_loaded_folded_model_refuses_to_give_the_original(tmp_path, load):
+    folded().save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(POETReferenceError, match="keep_initial_weights=True"):
+        disabled(model)
+
+
+@each_loader
+def test_loaded_folded_model_gives_the_original_logits_if_its_config_keeps_them(tmp_path, load):
+    folded(keep_initial_weights=True).save_pretrained(tmp_path)
+    assert torch.equal(logits(disabled(load(tmp_path))), logits(llama()))
+
+
 def test_kept_initial_weights_are_not_trained_or_saved():
     model = folded(keep_initial_weights=True)
     assert not [name for name in (*model.state_dict(), *trainable(model)) if "initial" in name]
@@ -298,7 +330,7 @@ def test_added_adapter_does_not_change_the_output():
 
 def test_set_adapter_switches_the_output():
     model = two_adapters()
-    alone = wrap(llama(), "block_stochastic", seed=1)
+    alone = wrap(llama(), "block_stochastic", rotation_seed=1)
     assert torch.equal(logits_of(model, "first"), logits(alone))
     assert not torch.allclose(logits_of(model, "second"), logits(alone), atol=1e-3)
 
@@ -530,9 +562,7 @@ def test_nothing_trains_in_a_model_loaded_for_inference(tmp_path, regime, low_cp
 def test_the_same_trains_in_a_model_loaded_for_training(tmp_path, regime, low_cpu_mem_usage):
     model = wrap(llama(), regime)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     assert trainable(loaded) == trainable(model)
 
 

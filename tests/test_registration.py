@@ -6,13 +6,12 @@ import json
 import pickle
 import subprocess
 import sys
-import textwrap
 import warnings
 from enum import Enum
 
 import pytest
-from cases import PLAIN, OneLayer, base_layer, rotated
-from peft import PeftConfig, PeftType, get_peft_config, get_peft_model
+from cases import PLAIN, rotated
+from peft import PeftConfig, PeftType, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import poet_peft
@@ -21,12 +20,6 @@ from poet_peft.registration import ensure_peft_type, register
 
 
 POET = ensure_peft_type()
-
-
-def python(code, *options):
-    """Run a program in a fresh interpreter, in which poet_peft can be imported but is not yet."""
-    command = [sys.executable, *options, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 # The member of the enum
@@ -129,63 +122,37 @@ def test_reloading_is_silent_and_changes_nothing(module, capsys):
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_everything_imported_anew_works():
-    """As in a notebook that drops the modules and imports them again: the new classes are the registered ones."""
-    result = python(
-        """
-        import sys, torch, peft, poet_peft
-        old = poet_peft.POETConfig
-        for name in [name for name in sys.modules if name.partition(".")[0] == "poet_peft"]:
-            del sys.modules[name]
-        import poet_peft
-        assert poet_peft.POETConfig is not old
-        base = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        model = peft.get_peft_model(base, poet_peft.POETConfig(target_modules=["0"], block_size=4))
-        assert type(model.base_model) is poet_peft.POETModel
-        """,
-        "-W",
-        "error::UserWarning",
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+# In a fresh interpreter, where poet_peft is not imported yet
 
+FRESH = f"""
+import pickle, random, sys
+import numpy, peft, torch, transformers
 
-def test_import_prints_nothing():
-    result = python("import poet_peft", "-W", "error::UserWarning")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+def random_state():
+    return torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), repr(random.getstate())
 
+before = random_state()
+with capture() as said:
+    import poet_peft
+found["said"] = said
+found["random_state_is_kept"] = random_state() == before
+found["pickle_is_known"] = pickle.loads({pickle.dumps(POET)!r}) is peft.PeftType.POET
 
-def test_import_reads_no_random_numbers():
-    result = python(
-        """
-        import random, numpy, torch, peft, transformers
-        torch.manual_seed(0); numpy.random.seed(0); random.seed(0)
-        before = torch.get_rng_state(), numpy.random.get_state()[1].tolist(), random.getstate()
-        import poet_peft
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert (numpy.random.get_state()[1].tolist(), random.getstate()) == before[1:]
-        """
-    )
-    assert result.returncode == 0, result.stderr
+# As in a notebook that drops the modules and imports them again.
+old = poet_peft.POETConfig
+for name in [name for name in sys.modules if name.partition(".")[0] == "poet_peft"]:
+    del sys.modules[name]
+with capture() as said:
+    import poet_peft
+found["said_again"] = said
+base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+model = peft.get_peft_model(base, poet_peft.POETConfig(target_modules=["0"], block_size=4))
+found["new_classes_are_used"] = poet_peft.POETConfig is not old and type(model.base_model) is poet_peft.POETModel
+"""
 
-
-def test_pickled_member_is_known_after_the_import():
-    result = python(
-        f"""
-        import pickle, poet_peft
-        from peft import PeftType
-        assert pickle.loads({pickle.dumps(POET)!r}) is PeftType.POET
-        """
-    )
-    assert result.returncode == 0, result.stderr
-
-
-# A PEFT that has its own POET
-
-PEFT_WITH_ITS_OWN_POET = """
-import warnings
+WITH_A_POET_OF_PEFTS_OWN = """
 from dataclasses import dataclass
-import torch
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 
@@ -205,57 +172,96 @@ class TheirConfig(PeftConfig):
 class TheirModel(LoraModel):
     prefix = "their_poet_"
 
-PEFT_TYPE_TO_CONFIG_MAPPING[member] = TheirConfig
-PEFT_TYPE_TO_TUNER_MAPPING[member] = TheirModel
-PEFT_TYPE_TO_PREFIX_MAPPING[member] = TheirModel.prefix
+mappings = PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+theirs = TheirConfig, TheirModel, TheirModel.prefix
+for mapping, value in zip(mappings, theirs):
+    mapping[member] = value
 
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
+with capture() as said:
     import poet_peft
-caught = [warning for warning in caught if issubclass(warning.category, UserWarning)]
-"""
-
-
-def test_method_that_peft_ships_itself_is_kept():
-    result = python(
-        PEFT_WITH_ITS_OWN_POET
-        + """
-assert PeftType("POET") is member and list(PeftType).count(member) == 1
-assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is TheirConfig
-assert PEFT_TYPE_TO_TUNER_MAPPING[member] is TheirModel
-assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "their_poet_"
-assert TheirConfig().peft_type is member
-"""
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_method_that_peft_ships_itself_gives_one_warning():
-    result = python(
-        PEFT_WITH_ITS_OWN_POET
-        + """
-assert len(caught) == 1, [str(warning.message) for warning in caught]
-assert "has its own method called POET" in str(caught[0].message)
-"""
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-def test_our_configuration_says_that_it_is_not_registered():
-    result = python(
-        PEFT_WITH_ITS_OWN_POET
-        + """
+found["said"] = said
+found["member_is_kept"] = PeftType("POET") is member and list(PeftType).count(member) == 1
+found["mappings_are_kept"] = all(mapping[member] is value for mapping, value in zip(mappings, theirs))
 try:
     poet_peft.POETConfig()
+    found["our_configuration"] = "made"
 except RuntimeError as error:
-    assert "PEFT's configuration class" in str(error)
-else:
-    raise AssertionError("POETConfig() was made for a method of another package")
+    found["our_configuration"] = str(error)
 """
+
+# Runs the program that stands below it, and writes what that puts into `found` into a file.
+HARNESS = """
+import contextlib, io, json, sys, warnings
+
+found = {}
+
+@contextlib.contextmanager
+def capture():
+    said = []
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), warnings.catch_warnings():
+        warnings.showwarning = lambda message, category, *rest: said.append(f"{category.__name__}: {message}")
+        warnings.simplefilter("always", UserWarning)
+        yield said
+    said += stream.getvalue().splitlines()
+
+exec(sys.argv[2])
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file)
+"""
+
+
+def in_fresh_interpreter(program, directory):
+    result = subprocess.run(
+        [sys.executable, "-c", HARNESS, directory / "found.json", program], capture_output=True, text=True, timeout=120
     )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert result.returncode == 0, result.stderr
+    return json.loads((directory / "found.json").read_text())
 
 
-def test_configuration_and_model_are_ours_again_after_their_dummy():
-    """The subprocesses above must not touch this process."""
-    assert type(get_peft_model(OneLayer(base_layer(PLAIN)), PLAIN.config()).base_model) is POETModel
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    return in_fresh_interpreter(FRESH, tmp_path_factory.mktemp("fresh"))
+
+
+@pytest.fixture(scope="module")
+def beside_pefts_own(tmp_path_factory):
+    return in_fresh_interpreter(WITH_A_POET_OF_PEFTS_OWN, tmp_path_factory.mktemp("beside"))
+
+
+def test_import_says_nothing(fresh):
+    assert fresh["said"] == []
+
+
+def test_import_does_not_move_the_global_generators(fresh):
+    assert fresh["random_state_is_kept"]
+
+
+def test_pickled_member_is_known_after_the_import(fresh):
+    assert fresh["pickle_is_known"]
+
+
+def test_modules_imported_anew_say_nothing(fresh):
+    assert fresh["said_again"] == []
+
+
+def test_modules_imported_anew_are_the_registered_ones(fresh):
+    assert fresh["new_classes_are_used"]
+
+
+def test_method_that_peft_ships_itself_keeps_its_name(beside_pefts_own):
+    assert beside_pefts_own["member_is_kept"]
+
+
+def test_method_that_peft_ships_itself_keeps_its_classes(beside_pefts_own):
+    assert beside_pefts_own["mappings_are_kept"]
+
+
+def test_method_that_peft_ships_itself_gives_one_warning(beside_pefts_own):
+    (warning,) = beside_pefts_own["said"]
+    assert warning.startswith("UserWarning: ")
+    assert "has its own method called POET, which is kept" in warning
+
+
+def test_our_configuration_is_refused_beside_a_method_that_peft_ships_itself(beside_pefts_own):
+    assert "use PEFT's configuration class" in beside_pefts_own["our_configuration"]

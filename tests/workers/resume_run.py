@@ -1,0 +1,111 @@
+"""One Trainer run of a tiny model, whole or resumed. `tests/test_resume.py` calls it in its process and in new ones.
+
+python tests/workers/resume_run.py '{"case": {...}, "directory": "...", "resume": "...", "seed": 7}'
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from models import llama, poet_config
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
+
+from poet_peft import POETCallback, poet_param_groups
+from poet_peft.model import poet_layers
+
+
+NUM_STEPS, MERGE_INTERVAL, CLIP_RAMP = 9, 4, 2
+LENGTH = 16
+
+
+def text(num_sequences, first=0):
+    """The source of a module of the standard library as bytes, one token a byte."""
+    source = [byte for byte in Path(argparse.__file__).read_bytes() if byte < 128]
+    starts = range(first * LENGTH, (first + num_sequences) * LENGTH, LENGTH)
+    return [{"input_ids": source[i : i + LENGTH], "labels": source[i : i + LENGTH]} for i in starts]
+
+
+def build(regime, train_rest, dtype="float32", seed=0):
+    """A wrapped model. With another seed, everything that a checkpoint has to bring back is different.
+
+    With dropout, so that the state of the random number generator matters as well.
+    """
+    periodic = regime == "periodic"
+    base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=0.1)
+    interval = MERGE_INTERVAL if periodic else 0
+    config = poet_config(regime, train_rest=train_rest, merge_interval=interval, seed=seed)
+    torch.manual_seed(seed)
+    model = get_peft_model(base.to(getattr(torch, dtype)), config)
+    if periodic and seed:
+        for _, layer in poet_layers(model):
+            torch.nn.init.normal_(layer.get_base_layer().weight)
+    return model
+
+
+def make_trainer(case, directory, seed=0, **arguments):
+    case = dict(case)
+    model = build(case.pop("regime"), case.pop("train_rest", False), case.pop("dtype", "float32"), seed)
+    groups = poet_param_groups(model, lr=3e-3, poet_lr=1e-2, weight_decay=0.01)
+    settings = {
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 8,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": seed,
+        "data_seed": 0,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(directory), **{**settings, **case, **arguments}),
+        train_dataset=text(32),
+        eval_dataset=text(8, first=64),
+        callbacks=[POETCallback(CLIP_RAMP)],
+        optimizers=(torch.optim.AdamW(groups), None),
+    )
+
+
+def result_of(trainer):
+    """Everything that must be the same, bit for bit: tensors of the model and of the optimizer; numbers of the log."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    state = optimizer.state_dict()
+    moments = {f"{i}.{key}": value for i, values in state["state"].items() for key, value in values.items()}
+    log = [
+        [entry["step"], entry["loss"], entry["grad_norm"], entry["learning_rate"]]
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return {
+        "weights": {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()},
+        "optimizer": moments,
+        "log": log,
+    }
+
+
+def main():
+    settings = json.loads(sys.argv[1])
+    directory = Path(settings["directory"])
+    trainer = make_trainer(settings["case"], directory, seed=settings["seed"])
+    trainer.train(resume_from_checkpoint=settings["resume"])
+    result = result_of(trainer)
+    save_file({name: tensor.contiguous() for name, tensor in result["weights"].items()}, directory / "weights")
+    save_file(result["optimizer"], directory / "optimizer")
+    (directory / "log").write_text(json.dumps(result["log"]))
+
+
+if __name__ == "__main__":
+    main()
