@@ -21,8 +21,8 @@ class POETCallback(TrainerCallback):
     folded model. Steps are counted by `state.global_step`, less those that a gradient scaler skipped; both are in a
     checkpoint, so a resumed run goes on where the saved one stood.
 
-    The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`, `poet/max_rotation_angle`,
-    `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json`, on the console, and in every reporting
+    The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`,
+    `poet/max_rotation_angle`, `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json`, on the console, and in every reporting
     callback that comes after this one.
 
     After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at

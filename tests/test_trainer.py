@@ -283,7 +283,7 @@ class Run(NamedTuple):
 
 
 def model_of(regime, base_seed=0, **overrides):
-    regime, _, dtype = regime.partition("/")
+    regime, _, dtype = regime.partition("-")
     return wrap(llama(seed=base_seed).to(getattr(torch, dtype or "float32")), regime, **overrides)
 
 
@@ -324,7 +324,7 @@ def losses(log_history):
 each_checkpoint = pytest.mark.parametrize("step", [6, 8], ids=["between_folds", "at_a_fold"])
 
 
-@pytest.mark.parametrize("regime", ["block_stochastic", *PERIODIC, "periodic/bfloat16"])
+@pytest.mark.parametrize("regime", ["block_stochastic", *PERIODIC, "periodic-bfloat16"])
 @each_checkpoint
 def test_resumed_run_ends_bit_equal(uninterrupted, resumed, regime, step):
     assert_same_state(resumed(regime, step).state, uninterrupted(regime).state)
