@@ -49,9 +49,9 @@ def section():
         "## What the pretraining example gives",
         "",
         f"`examples/pretrain.py` and its two controls: {first['parameters']['model'] / 1e6:.1f}M parameters, "
-        f"{first['train_tokens'] / 1e6:.2f}M tokens of Python source, validation on {first['eval_tokens']:,} tokens of "
-        f"held-out files, the same data, initial weights (`{settings['base_init']}`) and schedule. Each learning rate "
-        "was tuned by hand on the same budget; all runs that were kept are in `benchmarks/results`.",
+        f"{first['train_tokens'] / 1e6:.2f}M tokens of Python source, validation on {first['eval_tokens']:,} tokens "
+        f"of held-out files, the same data, initial weights (`{settings['base_init']}`) and schedule. Each learning "
+        "rate was tuned by hand on the same budget; all runs that were kept are in `benchmarks/results`.",
         "",
         "| method | other lr | validation loss | seeds | trained in linear layers | seconds | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -75,9 +75,7 @@ def main():
     text = README.read_text()
     generated = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{section()}{end}", text, flags=re.DOTALL)
     if "--check" in sys.argv:
-        sys.exit(
-            None if generated == text else "README.md is not what benchmarks/results says: run this without --check"
-        )
+        sys.exit(None if generated == text else "README.md is not what the results say: run this without --check")
     README.write_text(generated)
 
 

@@ -217,7 +217,7 @@ class POETLayer(BaseTunerLayer):
         R, P = self._tensors(adapter_names)
         with torch.no_grad():
             merged = reference.effective_weight(self._exact_matrix(), R, P)
-        if safe_merge and not torch.isfinite(merged.to(self._adapter_dtype())).all():
+        if safe_merge and not torch.isfinite(merged.to(self._adapter_dtype() or merged.dtype)).all():
             raise ValueError(
                 f"NaNs detected in the merged weights of {self.module_name!r}. The adapter "
                 f"{', '.join(adapter_names)} seems to be broken."

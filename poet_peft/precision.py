@@ -50,7 +50,7 @@ def full(x: Tensor) -> Tensor:
 
 def write(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor into one that may be sharded over processes, in place."""
-    if isinstance(target, DTensor):
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
         # Writing to what full_tensor() returned would be lost: only the local shard is the parameter.
         value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements)
         target.to_local().copy_(value.to_local())

@@ -48,6 +48,8 @@ def test_member_is_like_those_of_the_enum():
     lora = PeftType.LORA
     assert type(POET) is type(lora) is PeftType
     assert isinstance(POET, str) and isinstance(POET, Enum)
+    assert vars(POET).keys() == vars(lora).keys()
+    assert POET.__objclass__ is lora.__objclass__
     assert (POET.name, POET.value) == ("POET", "POET")
     assert str(POET) == str(lora).replace("LORA", "POET")
     assert repr(POET) == repr(lora).replace("LORA", "POET")
@@ -212,9 +214,8 @@ with open(sys.argv[1], "w") as file:
 
 
 def in_fresh_interpreter(program, directory):
-    result = subprocess.run(
-        [sys.executable, "-c", HARNESS, directory / "found.json", program], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", HARNESS, directory / "found.json", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=directory)
     assert result.returncode == 0, result.stderr
     return json.loads((directory / "found.json").read_text())
 

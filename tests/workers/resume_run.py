@@ -32,13 +32,13 @@ def text(num_sequences, first=0):
     return [{"input_ids": source[i : i + LENGTH], "labels": source[i : i + LENGTH]} for i in starts]
 
 
-def build(regime, train_rest, dtype="float32", seed=0):
+def build(regime, train_rest, dtype="float32", seed=0, dropout=0.1):
     """A wrapped model. With another seed, everything that a checkpoint has to bring back is different.
 
-    With dropout, so that the state of the random number generator matters as well.
+    With dropout by default, so that the state of the random number generator matters as well.
     """
     periodic = regime == "periodic"
-    base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=0.1)
+    base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=dropout)
     interval = MERGE_INTERVAL if periodic else 0
     config = poet_config(regime, train_rest=train_rest, merge_interval=interval, seed=seed)
     torch.manual_seed(seed)
@@ -51,7 +51,9 @@ def build(regime, train_rest, dtype="float32", seed=0):
 
 def make_trainer(case, directory, seed=0, **arguments):
     case = dict(case)
-    model = build(case.pop("regime"), case.pop("train_rest", False), case.pop("dtype", "float32"), seed)
+    options = {key: case.pop(key) for key in ("dtype", "dropout") if key in case}
+    model = build(case.pop("regime"), case.pop("train_rest", False), seed=seed, **options)
+    eps = case.pop("eps", 1e-8)
     groups = poet_param_groups(model, lr=3e-3, poet_lr=1e-2, weight_decay=0.01)
     settings = {
         "max_steps": NUM_STEPS,
@@ -73,7 +75,7 @@ def make_trainer(case, directory, seed=0, **arguments):
         train_dataset=text(32),
         eval_dataset=text(8, first=64),
         callbacks=[POETCallback(CLIP_RAMP)],
-        optimizers=(torch.optim.AdamW(groups), None),
+        optimizers=(torch.optim.AdamW(groups, eps=eps), None),
     )
 
 
