@@ -26,13 +26,9 @@ from typing import Literal
 import datasets
 import matplotlib
 import peft
-import tokenizers
 import torch
 import transformers
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.hf_argparser import HfArg
 
@@ -121,15 +117,20 @@ def digest(text):
     return hashlib.sha256(text.encode("utf-8", "replace")).digest()
 
 
-class DatasetTexts:
-    """One side of the split of a data set; the hash of a text says which."""
+class Again(torch.utils.data.IterableDataset):
+    """What a generator function yields, as often as it is iterated over."""
 
-    def __init__(self, rows, column, held_out):
-        self.rows, self.column, self.held_out = rows, column, held_out
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
 
     def __iter__(self):
-        texts = (row[self.column] for row in self.rows)
-        return (text for text in texts if (int.from_bytes(digest(text), "big") % 20 == 0) == self.held_out)
+        return self.function(*self.arguments)
+
+
+def dataset_texts(rows, column, held_out):
+    for row in rows:
+        if (int.from_bytes(digest(row[column]), "big") % 20 == 0) == held_out:
+            yield row[column]
 
 
 def read_texts(args):
@@ -141,7 +142,7 @@ def read_texts(args):
             raise ValueError(
                 f"{args.dataset} has no column {args.text_column!r}: --text_column can be one of {columns}"
             )
-        return DatasetTexts(rows, args.text_column, False), DatasetTexts(rows, args.text_column, True)
+        return [Again(dataset_texts, rows, args.text_column, held_out) for held_out in (False, True)]
     if args.text_files:
         files = {path: Path(path) for path in sorted(set(args.text_files))}
     else:
@@ -159,10 +160,11 @@ def read_texts(args):
 
 
 def train_tokenizer(texts, vocab_size):
-    tokenizer = tokenizers.Tokenizer(BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    alphabet = ByteLevel.alphabet()
-    trainer = BpeTrainer(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -180,14 +182,6 @@ def pack(texts, tokenizer, seq_length):
         for ids in torch.tensor(tokens[:num_full]).view(-1, seq_length):
             yield {"input_ids": ids, "labels": ids}
         tokens = tokens[num_full:]
-
-
-class PackedStream(torch.utils.data.IterableDataset):
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __iter__(self):
-        return pack(*self.arguments)
 
 
 def build_model(args, tokenizer):
@@ -254,7 +248,7 @@ def main():
     texts, held_out_texts = read_texts(args)
     tokenizer = train_tokenizer(itertools.islice(texts, 50_000), args.vocab_size)
     held_out = list(itertools.islice(pack(held_out_texts, tokenizer, args.seq_length), args.max_eval_sequences))
-    train_set = PackedStream(texts, tokenizer, args.seq_length)
+    train_set = Again(pack, texts, tokenizer, args.seq_length)
     if not args.streaming:
         train_set = list(train_set)
     if not held_out or next(iter(train_set), None) is None:

@@ -22,8 +22,8 @@ class POETCallback(TrainerCallback):
     checkpoint, so a resumed run goes on where the saved one stood.
 
     The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`,
-    `poet/max_rotation_angle`, `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json`, on the console, and in every reporting
-    callback that comes after this one.
+    `poet/max_rotation_angle`, `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json`, on the console,
+    and in every reporting callback that comes after this one.
 
     After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at
     `max_grad_norm / (clip_ramp_steps + 1)` and grows back linearly. Without a `max_grad_norm` there is no ramp.

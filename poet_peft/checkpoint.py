@@ -28,15 +28,7 @@ def check_adapter_tensors(
     """
     _raise_if(_names(expected.keys() - tensors.keys()), "lacks tensors of the adapter", "Was it cut or edited?")
     _raise_if(_names(tensors.keys() - expected.keys()), "has tensors that the model's adapter lacks", _SAME_CONFIG)
-    _raise_if(
-        [
-            f"{key}: {tuple(tensor.shape)} in the file, {tuple(expected[key].shape)} in the model"
-            for key, tensor in sorted(tensors.items())
-            if tensor.shape != expected[key].shape
-        ],
-        "has tensors of another shape",
-        _SAME_CONFIG,
-    )
+    _check_shapes_and_kinds(tensors, expected, _SAME_CONFIG)
     for name, layer in layers.items():
         if adapter_name in layer.merged_adapters:
             raise POETCheckpointError(
@@ -70,6 +62,11 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
         dtype = layer.get_base_layer().weight.dtype
         if weight is None or (residual is None and not in_model):
             continue
+        if residual is not None and (residual.dtype, residual.shape) != (torch.int16, weight.shape):
+            raise POETCheckpointError(
+                f"the adapter file is damaged: poet_residual of {name!r} is {tuple(residual.shape)}, "
+                f"{residual.dtype}, instead of {tuple(weight.shape)}, torch.int16. Nothing was loaded."
+            )
         if residual is not None and in_model and weight.dtype == dtype:
             tensors[residual_key] = residual
             continue
@@ -107,15 +104,7 @@ def load_base_tensors(
     _raise_if(_names(required - tensors.keys()), f"lacks base weights, which {_regime(config)} saves", _SAME_CONFIG)
     unknown = tensors.keys() - required - optional
     _raise_if(_names(unknown), f"has tensors that do not belong into it with {_regime(config)}", _SAME_CONFIG)
-    _raise_if(
-        [
-            f"{key}: {tuple(tensor.shape)} in the file, {tuple(current[key].shape)} in the model"
-            for key, tensor in sorted(tensors.items())
-            if tensor.shape != current[key].shape
-        ],
-        "has tensors of another shape",
-        "Load it into the model that it was trained from.",
-    )
+    _check_shapes_and_kinds(tensors, current, "Load it into the model that it was trained from.")
     for names in parameter_names(model).values():
         given = [name for name in names if name in tensors]
         for name in given[1:]:
@@ -139,6 +128,29 @@ def load_base_tensors(
             if not current[key].is_meta:
                 current[key].copy_(tensors[key])
     return {key: tensor for key, tensor in tensors.items() if key not in required or current[key].is_meta}
+
+
+def _check_shapes_and_kinds(tensors: dict[str, Tensor], expected: dict[str, Tensor], way_out: str) -> None:
+    """Floating-point dtypes convert into each other; integers and floats do not."""
+    pairs = [(key, tensor, expected[key]) for key, tensor in sorted(tensors.items())]
+    _raise_if(
+        [
+            f"{key}: {tuple(tensor.shape)} in the file, {tuple(model.shape)} in the model"
+            for key, tensor, model in pairs
+            if tensor.shape != model.shape
+        ],
+        "has tensors of another shape",
+        way_out,
+    )
+    _raise_if(
+        [
+            f"{key}: {tensor.dtype} in the file, {model.dtype} in the model"
+            for key, tensor, model in pairs
+            if tensor.dtype != model.dtype and not (tensor.is_floating_point() and model.is_floating_point())
+        ],
+        "has tensors of another dtype",
+        way_out,
+    )
 
 
 def parameter_names(model: nn.Module) -> dict[int, list[str]]:

@@ -482,6 +482,10 @@ def _cut(key):
     return lambda tensors: tensors.update({key: tensors[key][:-1].clone()})
 
 
+def _cast(key, dtype):
+    return lambda tensors: tensors.update({key: tensors[key].to(dtype)})
+
+
 def _set(key, position, value):
     def edit(tensors):
         tensors[key][position] = value(tensors[key])
@@ -514,6 +518,9 @@ BAD_FILES = {
     "rotation too short": ("block_stochastic", _cut(WEIGHT), LAYERS[4]),
     "index too short": ("block_stochastic", _cut(INDEX), LAYERS[4]),
     "schedule too short": ("block_stochastic", _cut(SCHEDULE), LAYERS[4]),
+    "rotation of integers": ("block_stochastic", _cast(WEIGHT, torch.int32), LAYERS[4]),
+    "index of floats": ("block_stochastic", _cast(INDEX, torch.float32), LAYERS[4]),
+    "base weight of integers": ("periodic", _cast(BASE_WEIGHT, torch.int32), LAYERS[4]),
     "index edited": ("block_stochastic", _set(INDEX, 0, lambda index: index[1]), LAYERS[4]),
     "index reordered": ("block_stochastic", _set(INDEX, slice(None), lambda index: index.flip(0)), LAYERS[4]),
     "index of another layer": ("block_stochastic", _swap(INDEX, INDEX.replace("gate", "up")), LAYERS[4]),
