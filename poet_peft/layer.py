@@ -395,12 +395,6 @@ class POETLayer(BaseTunerLayer):
             return
         if self._trains_rest or self.num_folds(adapter_name):
             self.check_original_available("delete_adapter")
-        others = [name for name in self.poet_schedule if name != adapter_name]
-        if self.num_folds(adapter_name) and others:
-            raise POETReferenceError(
-                f"{adapter_name!r} was folded into the weight of {self.module_name!r}, which the adapters {others} "
-                "are built on: deleting it would change them. Delete those first, or merge_and_unload()."
-            )
 
     # Scaling, which PEFT asks of every layer, has no meaning for a rotation
 

@@ -106,6 +106,14 @@ class POETModel(BaseTuner):
                     f"the adapter {name!r} has train_rest=True, which changes parameters that every adapter of the "
                     "model depends on: it cannot be combined with others. Train it in a model of its own."
                 )
+        for name, layer in poet_layers(self.model):
+            folded = [adapter for adapter in layer.poet_schedule if layer.num_folds(adapter)]
+            if folded:
+                raise ValueError(
+                    f"the adapter {folded[0]!r} has been folded into the weight of {name!r}, so an adapter added now "
+                    "would stand on weights that its own file does not hold. To go on from the trained model, "
+                    "merge_and_unload() and wrap the result; to load another adapter, load it into a model of its own."
+                )
         if config.base_init is not None:
             raise ValueError(
                 f"base_init={config.base_init!r} would draw weights anew that the model's other adapters are built "

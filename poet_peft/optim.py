@@ -103,7 +103,6 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable
     parameters = list(parameters)
     check_holds(optimizer, parameters)
     group_of = _group_of(optimizer)
-    optimizer = _unwrap(optimizer)
     num_reset = 0
     for parameter in parameters:
         state = optimizer.state.get(parameter)
@@ -119,11 +118,5 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable
     return num_reset
 
 
-def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    return {id(parameter): group for group in _unwrap(optimizer).param_groups for parameter in group["params"]}
+    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}

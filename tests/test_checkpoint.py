@@ -174,7 +174,11 @@ def test_loaded_model_gives_bit_equal_logits(saved, load, tied, regime):
 
 @pytest.mark.parametrize("regime", ["block_stochastic", *PERIODIC])
 @each_loader
-def test_tied_model_stays_tied_after_loading(saved, load, regime):
+def test_tied_model_stays_tied_after_loading(saved, load, regime, request):
+    by_transformers = {"AutoModel", "transformers_load_adapter"} & set(request.node.callspec.id.split("-"))
+    if by_transformers and regime == "pretraining":
+        reason = "transformers' loader makes a new parameter for each name in the file, and calls no hook of a tuner"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     model = load(saved(regime, tied=True))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 

@@ -442,7 +442,7 @@ def refusal_of(value, side):
         rotation = getattr(model.base_model.model.second, f"poet_{side}")["default"]
         with torch.no_grad():
             rotation.weight[0] = value
-        return model, "second", f"rotation {side}.*NaN or has grown without bound"
+        return model, "second", f"rotation {side}.*NaN or infinite"
 
     return build
 

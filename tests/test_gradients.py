@@ -30,7 +30,9 @@ PATHS = {
 # Largest ||g - g_exact|| / ||g_exact||: some ten roundings of numbers that partly cancel.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-for_both_paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+for_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+for_every_fast_path = pytest.mark.parametrize("path", list(PATHS.values())[1:], ids=list(PATHS)[1:])
+for_few_and_many_tokens = pytest.mark.parametrize("num_tokens", [3, 200])
 
 
 def rotation_parameters(layer):
@@ -41,18 +43,17 @@ def gradients(layer, x):
     """Of a fixed random function of the output: by input and rotation parameter."""
     x = x.detach().requires_grad_()
     parameters = rotation_parameters(layer)
-    y = layer(x)
-    direction = inputs_like(y)
-    values = torch.autograd.grad((y * direction).sum(), [x, *parameters.values()])
+    values = torch.autograd.grad(function(layer(x)), [x, *parameters.values()])
     return dict(zip(["x", *parameters], values, strict=True))
 
 
-def inputs_like(y):
-    return torch.linspace(-1, 2, y.numel(), dtype=torch.float64).cos().to(y.dtype).view(y.shape)
+def function(y):
+    """Some number that depends on every entry of `y`."""
+    return (y * torch.linspace(-1, 2, y.numel(), dtype=torch.float64).cos().to(y.dtype).view(y.shape)).sum()
 
 
 @pytest.mark.parametrize("theta", [0.4, 0.0], ids=["rotated", "identity"])
-@for_both_paths
+@for_every_path
 @for_float64_cases
 def test_gradients_are_the_finite_differences(case, path, theta, monkeypatch):
     monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
@@ -66,18 +67,46 @@ def test_gradients_are_the_finite_differences(case, path, theta, monkeypatch):
     assert torch.autograd.gradcheck(forward, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
 
 
+@for_every_fast_path
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3), (0, 2)], ids=str)
 @for_float64_cases
-def test_both_paths_give_the_same_gradients(case, monkeypatch):
+def test_every_path_gives_the_gradients_of_the_reference(case, leading, path, monkeypatch):
     _, layer = rotated(case)
-    x = inputs(case, 7)
+    x = inputs(case, *leading)
     monkeypatch.setattr(poet_peft.layer, "poet_linear", reference.poet_linear)
     expected = gradients(layer, x)
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", paths.weight_centric)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
     actual = gradients(layer, x)
     assert all(relative_error(actual[name], expected[name]) < 1e-13 for name in expected)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 200])
+@for_every_path
+def test_gradient_of_the_output_may_be_expanded(path, monkeypatch):
+    """That of a sum is one number, expanded."""
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    _, layer = rotated(PLAIN)
+    x = inputs(PLAIN, 2, 3)
+    ones = torch.ones(2, 3, PLAIN.out_features)
+    wanted = list(rotation_parameters(layer).values())
+    expanded = torch.autograd.grad(layer(x).sum(), wanted)
+    dense = torch.autograd.grad(layer(x), wanted, ones)
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(expanded, dense, strict=True))
+
+
+@for_every_path
+@for_cases(lambda case: case.bias and case.dtype == torch.float32)
+def test_bias_trains_where_it_is_asked_to(case, path, monkeypatch):
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    _, layer = rotated(case, bias="poet_only")
+    bias = layer.get_base_layer().bias
+    layer(inputs(case, 5)).square().sum().backward()
+    with torch.no_grad():
+        expected = 2 * layer(inputs(case, 5)).sum(0)
+    assert relative_error(bias.grad, expected) < 1e-6
+    assert all(parameter.grad.any() for parameter in rotation_parameters(layer).values())
+
+
+@for_few_and_many_tokens
 @for_cases(lambda case: case.dtype != torch.float64)
 def test_gradients_agree_with_those_in_float64(case, num_tokens):
     _, layer = rotated(case)
@@ -87,7 +116,7 @@ def test_gradients_agree_with_those_in_float64(case, num_tokens):
     assert all(relative_error(actual[name], exact[name]) < TOLERANCE[case.dtype] for name in exact)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 200])
+@for_few_and_many_tokens
 @for_every_case
 def test_gradients_have_the_dtypes_of_what_they_are_of(case, num_tokens):
     _, layer = rotated(case)
@@ -97,6 +126,24 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(case, num_tokens):
     assert found == {"x": case.dtype, **dict.fromkeys(rotation_parameters(layer), trained)}
 
 
+@pytest.mark.parametrize("backward_inside", [False, True], ids=["backward-outside", "backward-inside"])
+@for_few_and_many_tokens
+@for_cases(lambda case: case.dtype == torch.float32)
+def test_autocast_changes_gradients_by_its_rounding_only(case, num_tokens, backward_inside):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens).requires_grad_()
+    wanted = {"x": x, **rotation_parameters(layer)}
+    exact = gradients(layer, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = function(layer(x).float())
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    assert all(tensor.grad.dtype == tensor.dtype for tensor in wanted.values())
+    assert all(relative_error(wanted[name].grad, exact[name]) < TOLERANCE[torch.bfloat16] for name in exact)
+
+
 @for_every_case
 def test_gradients_of_no_tokens_are_zero(case):
     _, layer = rotated(case)
@@ -104,8 +151,10 @@ def test_gradients_of_no_tokens_are_zero(case):
     assert not any(gradient.any() for gradient in found.values())
 
 
+@for_every_path
 @for_every_case
-def test_gradient_flows_to_rotations_only(case):
+def test_gradient_flows_to_rotations_only(case, path, monkeypatch):
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
     model, layer = rotated(case)
     model(inputs(case, 5)).square().sum().backward()
     reached = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}

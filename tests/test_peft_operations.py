@@ -27,7 +27,7 @@ from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from poet_peft import POETMergeError, POETReferenceError, merge_and_reinitialize
+from poet_peft import POETMergeError, POETReferenceError, merge_and_reinitialize, poet_param_groups
 from poet_peft.model import poet_layers
 
 
@@ -421,13 +421,15 @@ def test_adapter_beside_a_merged_one_can_be_deleted():
     assert torch.equal(logits(model), before)
 
 
-def test_folded_adapter_that_others_are_built_on_cannot_be_deleted():
+@pytest.mark.parametrize("regime", ["block_stochastic", "periodic"])
+def test_adapter_cannot_be_added_to_a_folded_model(regime):
+    """Its own file would not hold the weights that it stands on."""
     model = folded(keep_initial_weights=True)
-    model.add_adapter("second", poet_config("periodic"))
     before = state(model)
-    with pytest.raises(POETReferenceError, match="second"):
-        model.delete_adapter("default")
+    with pytest.raises(ValueError, match="'default' has been folded .* merge_and_unload"):
+        model.add_adapter("second", poet_config(regime))
     assert_same_state(model.state_dict(), before)
+    assert list(model.peft_config) == ["default"]
 
 
 def test_fold_beside_another_adapter_is_refused_and_changes_nothing():
@@ -567,14 +569,16 @@ def test_the_same_trains_in_a_model_loaded_for_training(tmp_path, regime, low_cp
 
 
 @each_regime
-@pytest.mark.parametrize("is_trainable", [False, True], ids=["inference", "training"])
-def test_what_trains_in_a_model_loaded_by_transformers(tmp_path, regime, is_trainable):
-    model = wrap(llama(), regime)
-    model.save_pretrained(tmp_path)
+def test_rotated_weights_do_not_train_in_a_model_loaded_by_transformers(tmp_path, regime):
+    """Its loader makes new parameters of them, which ask for gradients, and calls no hook of a tuner."""
+    wrap(llama(), regime).save_pretrained(tmp_path)
     loaded = llama()
-    loaded.load_adapter(str(tmp_path), is_trainable=is_trainable)
-    expected = {name.removeprefix("base_model.model.") for name in trainable(model)} if is_trainable else set()
-    assert trainable(loaded) == expected
+    loaded.load_adapter(str(tmp_path), is_trainable=True)
+    loaded(input_ids=tokens(), labels=tokens()).loss.backward()
+    weights = [layer.get_base_layer().weight for _, layer in poet_layers(loaded)]
+    trained = [p for group in poet_param_groups(loaded, lr=1e-3, poet_lr=1e-3) for p in group["params"]]
+    assert all(weight.grad is None for weight in weights)
+    assert {id(weight) for weight in weights}.isdisjoint(map(id, trained))
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])

@@ -1,6 +1,6 @@
 """Trainer runs of tiny models under a launcher, one after the other: what `tests/test_distributed.py` compares.
 
-    torchrun --nproc_per_node 2 tests/workers/ddp_run.py DIRECTORY '{"name": {"case": {...}}, ...}'
+torchrun --nproc_per_node 2 tests/workers/ddp_run.py DIRECTORY '{"name": {"case": {...}}, ...}'
 """
 
 import hashlib

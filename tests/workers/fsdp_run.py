@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from poet_peft import merge_and_reinitialize
@@ -34,11 +34,11 @@ NUM_STEPS, MERGE_INTERVAL, SAVED_AT = 9, 4, (4, 5)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def build(seed=0, dtype=torch.float32):
+def build(seed=0):
     """A model in the pretraining regime. With another seed everything that a checkpoint brings back is different."""
     if seed == 0:
-        return wrap(llama().to(dtype), "pretraining", merge_interval=MERGE_INTERVAL).train()
-    return get_peft_model(llama(seed=seed).to(dtype), poet_config("pretraining", seed=seed)).train()
+        return wrap(llama(), "pretraining", merge_interval=MERGE_INTERVAL).train()
+    return get_peft_model(llama(seed=seed), poet_config("pretraining", seed=seed)).train()
 
 
 def make_optimizer(model):
@@ -73,11 +73,10 @@ def train(model, optimizer, first=1, rank=0, world_size=1, after_step=lambda ste
     return losses
 
 
-def shard(model):
+def shard(model, **kwargs):
     for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return model
+        fully_shard(layer, **kwargs)
+    return fully_shard(model, **kwargs)
 
 
 def save(directory, model, optimizer):
@@ -96,9 +95,7 @@ def load(directory, seed):
     model.load_adapter(directory, "default", is_trainable=True)
     optimizer = make_optimizer(shard(model))
     state = torch.load(directory / "optimizer.pt", weights_only=True)
-    # Right after a fold the rotations have no state, which would be refused as missing.
-    whole_or_absent = StateDictOptions(full_state_dict=True, strict=False)
-    set_optimizer_state_dict(model, optimizer, state, options=whole_or_absent)
+    set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
     return model, optimizer
 
 
@@ -137,7 +134,11 @@ def main():
     losses = train(model, optimizer, rank=rank, world_size=world_size, after_step=save_some)
     finish("whole", model, optimizer, losses)
     for step in SAVED_AT:
-        resumed, resumed_optimizer = load(directory / f"step-{step}", seed=9)
+        try:
+            resumed, resumed_optimizer = load(directory / f"step-{step}", seed=9)
+        except RuntimeError as error:
+            report[f"resumed-{step}"] = str(error)
+            continue
         losses = train(resumed, resumed_optimizer, first=step + 1, rank=rank, world_size=world_size)
         finish(f"resumed-{step}", resumed, resumed_optimizer, losses)
 
@@ -155,7 +156,7 @@ def main():
             after_reshard = model(input_ids=tokens()).logits
         report[name] = [float((x - before).abs().max()) for x in (after, after_reshard)]
 
-    model = shard(build(dtype=torch.bfloat16))
+    model = shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = make_optimizer(model)
     finish("bfloat16", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
     (directory / f"rank{rank}.json").write_text(json.dumps(report))
