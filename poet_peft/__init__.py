@@ -10,6 +10,7 @@ from .merging import MergeReport, merge_and_reinitialize
 from .model import POETModel
 from .optim import poet_param_groups
 from .registration import register
+from .resume import latest_checkpoint, verify_checkpoint
 
 
 __version__ = "0.1.0"
@@ -22,8 +23,10 @@ __all__ = [
     "POETMergeError",
     "POETModel",
     "POETReferenceError",
+    "latest_checkpoint",
     "merge_and_reinitialize",
     "poet_param_groups",
+    "verify_checkpoint",
 ]
 
 register(POETConfig, POETModel)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .config import POETConfig
 from .errors import POETCheckpointError
 from .layer import POETLayer
-from .precision import join, split
+from .precision import join, nothing_cut_off, split
 
 
 def check_adapter_tensors(
@@ -62,10 +62,11 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
         dtype = layer.get_base_layer().weight.dtype
         if weight is None or (residual is None and not in_model):
             continue
-        if residual is not None and (residual.dtype, residual.shape) != (torch.int16, weight.shape):
+        fitting = nothing_cut_off(weight)
+        if residual is not None and (residual.dtype, residual.shape) != (fitting.dtype, fitting.shape):
             raise POETCheckpointError(
-                f"the adapter file is damaged: poet_residual of {name!r} is {tuple(residual.shape)}, "
-                f"{residual.dtype}, instead of {tuple(weight.shape)}, torch.int16. Nothing was loaded."
+                f"the adapter file is damaged: poet_residual of {name!r} is {residual.dtype} {tuple(residual.shape)}, "
+                f"and its weight asks for {fitting.dtype} {tuple(fitting.shape)}. Nothing was loaded."
             )
         if residual is not None and in_model and weight.dtype == dtype:
             tensors[residual_key] = residual

@@ -18,9 +18,10 @@ from .config import POETConfig
 from .errors import POETMergeError, POETReferenceError
 from .ops import reference
 from .ops.paths import poet_linear
-from .precision import LOW_PRECISION, at_least_fp32, full, join, split, write
+from .precision import LOW_PRECISION, at_least_fp32, join, nothing_cut_off, split
 from .primitives import partition_side
 from .rotation import Rotation
+from .sharding import full, write
 
 
 _NUM_PROBES = 8
@@ -43,8 +44,8 @@ class POETLayer(BaseTunerLayer):
         poet_schedule: int64 (4,) by adapter: the seed that index tensors are drawn from, the number of
             reinitialisations (the epoch they are drawn for), the number of folds, the number of optimizer steps that
             were skipped. Saved with the adapter, so that a resumed run goes on as the run that wrote the file.
-        poet_residual: int16, like the weight, by adapter: what folding cut off a bf16 or fp16 weight, with
-            `compensated_folds`; see `precision.split`.
+        poet_residual: what folding cut off a bf16 or fp16 weight, by adapter, with `compensated_folds`; see
+            `precision.split`.
         poet_initial_weight: copy of the base weight from before any fold, with `keep_initial_weights`; else None.
     """
 
@@ -264,8 +265,7 @@ class POETLayer(BaseTunerLayer):
     def _ensure_residual(self, adapter_name: str) -> None:
         weight = self.get_base_layer().weight
         if weight.dtype in LOW_PRECISION and adapter_name not in self.poet_residual:
-            shape, device = weight.shape, weight.device
-            self.poet_residual[adapter_name] = torch.zeros(shape, dtype=torch.int16, device=device)
+            self.poet_residual[adapter_name] = nothing_cut_off(weight)
 
     def _copy_of_base_weight(self) -> Tensor:
         weight = self.get_base_layer().weight

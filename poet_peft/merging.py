@@ -10,6 +10,7 @@ from torch import nn
 from .errors import POETMergeError
 from .model import poet_layers
 from .optim import check_holds, reset_optimizer_state
+from .sharding import reshard
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def merge_and_reinitialize(
     layers = [(name, layer, adapter) for name, layer in poet_layers(model) for adapter in layer.poet_schedule]
     if not layers:
         raise ValueError("the model has no POET layer to fold: wrap it first, get_peft_model(model, POETConfig(...)).")
+    reshard(model)
     for name, layer, adapter in layers:
         if not layer.is_periodic(adapter):
             raise POETMergeError(

@@ -27,6 +27,7 @@ from .config import POETConfig
 from .initialization import draw_weight
 from .layer import Linear, POETLayer
 from .primitives import partition_side
+from .sharding import reshard
 
 
 _CONTAINERS = "poet_R|poet_P|poet_schedule|poet_residual"
@@ -199,6 +200,7 @@ class POETModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        reshard(self.model)
         for name, layer in poet_layers(self.model):
             backend = layer.quantization_backend
             if backend is not None and not backend.supports_merge:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .model import poet_layers
 
@@ -91,8 +92,9 @@ def check_holds(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
 def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> int:
     """Make the optimizer's state of these parameters what it is before the first step.
 
-    The state is dropped, which is fresh state bit for bit for torch's optimizers. Where the optimizer keeps hold of
-    the tensors (capturable and paged optimizers), they are set to zero in place instead.
+    The state is dropped, which is fresh state bit for bit for torch's optimizers. It is set to zero in place instead
+    where the optimizer keeps hold of the tensors (capturable and paged optimizers), and for sharded parameters, whose
+    checkpoints must hold a state for each.
 
     Returns:
         Number of parameters whose state was reset; those without state need none.
@@ -109,7 +111,8 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable
         if not state:
             continue
         tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        if group_of[id(parameter)].get("capturable") or any(getattr(t, "is_paged", False) for t in tensors):
+        is_paged = any(getattr(tensor, "is_paged", False) for tensor in tensors)
+        if is_paged or group_of[id(parameter)].get("capturable") or isinstance(parameter, DTensor):
             for tensor in tensors:
                 tensor.zero_()
         else:

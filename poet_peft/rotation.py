@@ -16,8 +16,9 @@ from .orthogonal import (
     skew_norm,
     spectrum_bound,
 )
-from .precision import at_least_fp32, full
+from .precision import at_least_fp32
 from .primitives import BlockPartition, Side, draw_index
+from .sharding import full
 
 
 # A series this long is orthogonal to rounding wherever it is used.

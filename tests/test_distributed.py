@@ -25,7 +25,8 @@ pytestmark = [
 
 WORKERS = Path(__file__).parent / "workers"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+# `--cpu` starts one process whatever `--num_processes` says; the case asks for the CPU itself.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 def launch(launcher, script, *arguments):

@@ -156,6 +156,16 @@ def test_weight_centric_path_rounds_the_weight_once(case):
     assert ((used.double() - exact).abs() <= rounding + arithmetic).all()
 
 
+@for_float32_cases
+def test_weight_centric_path_rounds_the_weight_once_under_autocast(case):
+    _, layer = rotated(case)
+    weight, _, R, P = tensors(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        used = paths.weight_centric(torch.eye(case.in_features), weight, None, R, P).T
+    exact = dense_weight(case, layer)
+    assert ((used.double() - exact).abs() <= 0.5 * torch.finfo(torch.bfloat16).eps * exact.abs() + 2e-6).all()
+
+
 @for_every_case
 def test_rotate_by_the_transpose_is_the_matrix_product_from_the_right(case):
     _, layer = rotated(case.float64)

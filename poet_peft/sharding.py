@@ -1,0 +1,34 @@
+"""Reading and writing weights that `fully_shard` (FSDP2) has spread over processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole tensor of one that may be sharded. Every process must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into one that may be sharded, in place."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        # Writing to what full_tensor() returned would be lost: only the local shard is the parameter.
+        value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements)
+        target.to_local().copy_(value.to_local())
+    else:
+        target.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights, which a forward without backward leaves behind: writing to them would be lost."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

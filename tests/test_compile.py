@@ -1,0 +1,183 @@
+"""`torch.compile` of rotated models: one graph without a break, the same numbers, no recompilation at a fold."""
+
+import pytest
+import torch
+from cases import Case, inputs, randomize, relative_error, rotated
+from models import adamw, llama, tokens, wrap
+from torch._dynamo.utils import counters
+
+from poet_peft import merge_and_reinitialize
+
+
+CASES = [
+    Case("plain"),
+    Case("conv1d", kind="conv1d"),
+    Case("remainder", 19, 22),
+    Case("one-output", 1, 12, block_size=4),
+    Case("fully-stochastic", variant="fully_stochastic"),
+    Case("exact", orthogonal_map="cayley"),
+    Case("bfloat16", dtype=torch.bfloat16),
+]
+for_cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+for_regimes = pytest.mark.parametrize(
+    "regime", ["block_stochastic", "fully_stochastic", "exact_cayley", "pretraining"]
+)
+REGIMES_THAT_FOLD = {
+    "block_stochastic": {"merge_interval": 4},
+    "fully_stochastic": {"merge_interval": 4},
+    "exact_cayley": {"merge_interval": 4},
+    "pretraining": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+    counters.clear()
+
+
+def compiled(model):
+    """Traced and differentiated ahead of time as in real use, but run without a code generator."""
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def num_compilations():
+    return counters["stats"]["unique_graphs"]
+
+
+def loss_and_gradients(model, forward, x):
+    """`forward` is `model`, or compiled from it."""
+    model.zero_grad()
+    loss = forward(x).float().square().mean()
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def language_loss(model, forward, input_ids):
+    model.zero_grad()
+    loss = forward(input_ids=input_ids, labels=input_ids).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert abs(actual[0] - expected[0]) <= tolerance * abs(expected[0])
+    assert len(actual[1]) == len(expected[1])
+    assert max(relative_error(a, b) for a, b in zip(actual[1], expected[1], strict=True)) < tolerance
+
+
+# A layer
+
+
+@for_cases
+@pytest.mark.parametrize("num_tokens", [2, 64])
+def test_compiled_layer_gives_the_same_output(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens)
+    tolerance = 1e-2 if case.dtype == torch.bfloat16 else 1e-5
+    assert relative_error(compiled(layer)(x), layer(x)) < tolerance
+
+
+@for_cases
+@pytest.mark.parametrize("num_tokens", [2, 64])
+def test_compiled_layer_gives_the_same_gradients(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens)
+    expected = loss_and_gradients(layer, layer, x)
+    tolerance = 2e-2 if case.dtype == torch.bfloat16 else 1e-5
+    assert_close(loss_and_gradients(layer, compiled(layer), x), expected, tolerance)
+
+
+@for_cases
+def test_compiled_layer_is_one_graph(case):
+    """With fullgraph=True a break is an error; here is that anything was compiled at all."""
+    _, layer = rotated(case)
+    compiled(layer)(inputs(case, 4))
+    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
+
+
+def test_compiled_layer_under_autocast_gives_the_same_output():
+    case = CASES[0]
+    _, layer = rotated(case)
+    x = inputs(case, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(compiled(layer)(x), layer(x)) < 1e-2
+
+
+@for_cases
+def test_fold_recompiles_no_layer(case):
+    model, layer = rotated(case, merge_interval=4)
+    forward = compiled(layer)
+    x = inputs(case, 8)
+    loss_and_gradients(layer, forward, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (30, 40):
+            merge_and_reinitialize(model)
+            loss_and_gradients(layer, forward, x)
+            randomize(model, 0.4, seed=seed)
+            loss_and_gradients(layer, forward, x)
+    assert num_compilations() == 1
+
+
+@for_cases
+def test_compiled_layer_computes_with_the_folded_weight(case):
+    model, layer = rotated(case, merge_interval=4)
+    forward = compiled(layer)
+    x = inputs(case, 8)
+    forward(x)
+    merge_and_reinitialize(model)
+    randomize(model, 0.4, seed=30)
+    tolerance = 1e-2 if case.dtype == torch.bfloat16 else 1e-5
+    assert relative_error(forward(x), layer(x)) < tolerance
+
+
+# A model
+
+
+def trained_in_turn(regime):
+    model = wrap(llama(), regime, **REGIMES_THAT_FOLD[regime]).train()
+    return model, compiled(model), adamw(model)
+
+
+@for_regimes
+def test_compiled_model_gives_the_same_loss_and_gradients(regime):
+    model, forward, _ = trained_in_turn(regime)
+    assert_close(language_loss(model, forward, tokens()), language_loss(model, model, tokens()))
+
+
+@for_regimes
+def test_compiled_model_is_one_graph(regime):
+    model, forward, _ = trained_in_turn(regime)
+    language_loss(model, forward, tokens())
+    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
+
+
+@for_regimes
+def test_fold_recompiles_no_model(regime):
+    model, forward, optimizer = trained_in_turn(regime)
+    language_loss(model, forward, tokens())
+    optimizer.step()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(4):
+            merge_and_reinitialize(model, optimizer, reinitialize=seed % 2 == 0)
+            language_loss(model, forward, tokens(seed=seed))
+            optimizer.step()
+    assert num_compilations() == 1
+
+
+@for_regimes
+def test_compiled_model_trains_through_folds_as_the_eager_one(regime):
+    losses = []
+    for use_compiler in (True, False):
+        model, forward, optimizer = trained_in_turn(regime)
+        losses.append([])
+        for step in range(4):
+            loss, _ = language_loss(model, forward if use_compiler else model, tokens(seed=step))
+            losses[-1].append(loss.item())
+            optimizer.step()
+            if step % 2:
+                merge_and_reinitialize(model, optimizer)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
