@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import POETConfig
 from .merging import MergeReport, merge_and_reinitialize
 from .model import poet_layers
 from .optim import rotation_parameters
+from .sharding import check_sharding
 
 
 class POETCallback(TrainerCallback):
@@ -22,8 +23,8 @@ class POETCallback(TrainerCallback):
     checkpoint, so a resumed run goes on where the saved one stood.
 
     The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`,
-    `poet/max_rotation_angle`, `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json`, on the console,
-    and in every reporting callback that comes after this one.
+    `poet/max_rotation_angle`, `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json` and on the
+    console, and with `attach` in whatever `report_to` names.
 
     After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at
     `max_grad_norm / (clip_ramp_steps + 1)` and grows back linearly. Without a `max_grad_norm` there is no ramp.
@@ -35,7 +36,8 @@ class POETCallback(TrainerCallback):
         last_report: the `MergeReport` of the latest fold, None before the first.
 
     Raises:
-        ValueError: at the start of training, if the model has no trainable POET layer.
+        ValueError: at the start of training, if the model has no trainable POET layer, or is sharded in a way that
+            folds cannot write to.
     """
 
     def __init__(self, clip_ramp_steps: int = 10) -> None:
@@ -46,9 +48,20 @@ class POETCallback(TrainerCallback):
         self._pending: dict[str, float] = {}
         self._num_skipped_steps = 0
 
+    def attach(self, trainer: Trainer) -> POETCallback:
+        """Put this callback first in a trainer, so that what it logs reaches the reporting callbacks too.
+
+        Trainer runs those that `report_to` names before the ones that it is given as `callbacks`. To be used instead
+        of `callbacks=[POETCallback()]`, or beside it: `POETCallback().attach(trainer)`.
+        """
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(other for other in handler.callbacks if not isinstance(other, POETCallback))]
+        return self
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        check_sharding(model)
         if not any(parameter.requires_grad for parameter in rotation_parameters(model)):
             raise ValueError(
                 "POETCallback found no trainable POET layer in the model: pass peft_config=POETConfig(...) to the "

@@ -329,6 +329,11 @@ class POETLayer(BaseTunerLayer):
             smallest *= max(1 - error.spectrum, 0.0) ** 0.5
             largest *= (1 + error.spectrum) ** 0.5
         folded = reference.effective_weight(weight, tensors["R"], tensors["P"])
+        if not torch.isfinite(folded.to(base_layer.weight.dtype)).all():
+            raise POETMergeError(
+                f"the folded weight of {self.module_name!r} does not fit into {base_layer.weight.dtype}. Layers "
+                "before it are folded already: go back to the last checkpoint, and train in bf16 or fp32."
+            )
         self._write_matrix(folded)
         if adapter_name in self._compensated_adapters and base_layer.weight.dtype in LOW_PRECISION:
             self._ensure_residual(adapter_name)

@@ -10,7 +10,7 @@ from torch import nn
 from .errors import POETMergeError
 from .model import poet_layers
 from .optim import check_holds, reset_optimizer_state
-from .sharding import reshard
+from .sharding import check_sharding, reshard
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ def merge_and_reinitialize(
         reinitialize: False folds only, and keeps permutations and optimizer state.
 
     Raises:
-        ValueError: no POET layer, or an optimizer that does not hold the rotations.
+        ValueError: no POET layer, an optimizer that does not hold the rotations, or sharding of a kind that cannot
+            be written to.
         POETMergeError: `merge_interval=0`, a merged adapter, two adapters on a layer, or a rotation that is not
             finite.
     """
     layers = [(name, layer, adapter) for name, layer in poet_layers(model) for adapter in layer.poet_schedule]
     if not layers:
         raise ValueError("the model has no POET layer to fold: wrap it first, get_peft_model(model, POETConfig(...)).")
+    check_sharding(model)
     reshard(model)
     for name, layer, adapter in layers:
         if not layer.is_periodic(adapter):

@@ -23,7 +23,7 @@ def skew(upper: Tensor, n: int) -> Tensor:
 
 
 def cayley(Q: Tensor) -> Tensor:
-    """The Cayley map `(I + Q) (I - Q)^-1`: exactly orthogonal, for `Q` of any size.
+    """The Cayley map `(I + Q) (I - Q)^-1`: orthogonal for `Q` of any size, to rounding of about `eps (1 + theta)`.
 
     Args:
         Q: skew-symmetric, shape (..., n, n).

@@ -23,6 +23,28 @@ def write(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+def check_sharding(model: nn.Module) -> None:
+    """Refuse models whose weights are not where a fold would write.
+
+    Raises:
+        ValueError: FSDP1, or DeepSpeed ZeRO-3; names the way out.
+    """
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel (FSDP1), which hides the weights that are folded. "
+                "Use fully_shard (FSDP2; fsdp_version: 2 in accelerate)."
+            )
+    partitioned = [name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id")]
+    if partitioned:
+        raise ValueError(
+            f"DeepSpeed ZeRO-3 has taken {partitioned[0]!r} apart, so it cannot be folded. Use ZeRO-1 or 2, DDP, or "
+            "FSDP2."
+        )
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of gathered weights, which a forward without backward leaves behind: writing to them would be lost."""
     if not torch.distributed.is_available():

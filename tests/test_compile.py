@@ -19,15 +19,13 @@ CASES = [
     Case("bfloat16", dtype=torch.bfloat16),
 ]
 for_cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-for_regimes = pytest.mark.parametrize(
-    "regime", ["block_stochastic", "fully_stochastic", "exact_cayley", "pretraining"]
-)
-REGIMES_THAT_FOLD = {
+REGIMES = {
     "block_stochastic": {"merge_interval": 4},
     "fully_stochastic": {"merge_interval": 4},
     "exact_cayley": {"merge_interval": 4},
     "pretraining": {},
 }
+for_regimes = pytest.mark.parametrize("regime", REGIMES)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +136,7 @@ def test_compiled_layer_computes_with_the_folded_weight(case):
 
 
 def trained_in_turn(regime):
-    model = wrap(llama(), regime, **REGIMES_THAT_FOLD[regime]).train()
+    model = wrap(llama(), regime, **REGIMES[regime]).train()
     return model, compiled(model), adamw(model)
 
 

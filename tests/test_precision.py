@@ -1,4 +1,4 @@
-"""16-bit weights, autocast, gradient scalers and numbers that are not finite: nothing is lost or folded that is bad."""
+"""16-bit weights, autocast, gradient scalers, numbers that are not finite: no digit is lost, nothing bad is folded."""
 
 import functools
 import gc

@@ -124,25 +124,23 @@ def _grad_offsets(
 
 def _rotate_rows(matrix: Tensor, offsets: Sequence[Tensor], transpose: bool = False) -> Tensor:
     """`G X` of a matrix (rows, columns) whose first rows are the blocks' features."""
-    result = matrix.clone()
+    parts = []
     start = 0
     for offset in offsets:
         num_blocks, b, _ = offset.shape
         rows = matrix[start : start + num_blocks * b].unflatten(0, (num_blocks, b))
-        target = result[start : start + num_blocks * b].unflatten(0, (num_blocks, b))
-        target.baddbmm_(offset.mT if transpose else offset, rows)
+        parts.append(torch.baddbmm(rows, offset.mT if transpose else offset, rows).flatten(0, 1))
         start += num_blocks * b
-    return result
+    return torch.cat([*parts, matrix[start:]])
 
 
 def _rotate_columns(matrix: Tensor, offsets: Sequence[Tensor]) -> Tensor:
     """`X G` of a matrix (rows, columns) whose first columns are the blocks' features."""
-    result = matrix.clone()
+    parts = []
     start = 0
     for offset in offsets:
         num_blocks, b, _ = offset.shape
         columns = matrix[:, start : start + num_blocks * b].unflatten(1, (num_blocks, b)).transpose(0, 1)
-        target = result[:, start : start + num_blocks * b].unflatten(1, (num_blocks, b)).transpose(0, 1)
-        target.baddbmm_(columns, offset)
+        parts.append(torch.baddbmm(columns, columns, offset).transpose(0, 1).flatten(1))
         start += num_blocks * b
-    return result
+    return torch.cat([*parts, matrix[:, start:]], dim=1)
