@@ -68,6 +68,7 @@ class POETLayer(BaseTunerLayer):
         self._trains_rest = False
         self._periodic_adapters: set[str] = set()
         self._compensated_adapters: set[str] = set()
+        self._memory_efficient = False
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -96,6 +97,7 @@ class POETLayer(BaseTunerLayer):
             rotations[adapter_name] = rotation.to(self._adapter_dtype())
         self.poet_schedule[adapter_name] = torch.tensor([config.seed, 0, 0, 0])
         self._trains_rest |= config.train_rest
+        self._memory_efficient |= config.memory_efficient
         if config.merge_interval:
             self._periodic_adapters.add(adapter_name)
             if config.compensated_folds:
@@ -172,9 +174,9 @@ class POETLayer(BaseTunerLayer):
         weight = weight_as_matrix(base_layer).detach()
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
-            return poet_linear(x, weight, base_layer.bias, R, P)
+            return poet_linear(x, weight, base_layer.bias, R, P, memory_efficient=self._memory_efficient)
         x = self._cast_input_dtype(x, weight.dtype)
-        return poet_linear(x, weight, base_layer.bias, R, P).to(dtype)
+        return poet_linear(x, weight, base_layer.bias, R, P, memory_efficient=self._memory_efficient).to(dtype)
 
     def _rotate_around(
         self,

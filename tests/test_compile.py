@@ -18,6 +18,8 @@ CASES = [
     Case("exact", orthogonal_map="cayley"),
     Case("bfloat16", dtype=torch.bfloat16),
 ]
+FEW = [CASES[0], CASES[2], CASES[-1]]
+for_few_cases = pytest.mark.parametrize("case", FEW, ids=[case.name for case in FEW])
 for_cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 REGIMES = {
     "block_stochastic": {"merge_interval": 4},
@@ -72,29 +74,12 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @for_cases
 @pytest.mark.parametrize("num_tokens", [2, 64])
-def test_compiled_layer_gives_the_same_output(case, num_tokens):
-    _, layer = rotated(case)
-    x = inputs(case, num_tokens)
-    tolerance = 1e-2 if case.dtype == torch.bfloat16 else 1e-5
-    assert relative_error(compiled(layer)(x), layer(x)) < tolerance
-
-
-@for_cases
-@pytest.mark.parametrize("num_tokens", [2, 64])
-def test_compiled_layer_gives_the_same_gradients(case, num_tokens):
+def test_compiled_layer_gives_the_same_loss_and_gradients(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens)
     expected = loss_and_gradients(layer, layer, x)
     tolerance = 2e-2 if case.dtype == torch.bfloat16 else 1e-5
     assert_close(loss_and_gradients(layer, compiled(layer), x), expected, tolerance)
-
-
-@for_cases
-def test_compiled_layer_is_one_graph(case):
-    """With fullgraph=True a break is an error; here is that anything was compiled at all."""
-    _, layer = rotated(case)
-    compiled(layer)(inputs(case, 4))
-    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
 
 
 def test_compiled_layer_under_autocast_gives_the_same_output():
@@ -105,7 +90,7 @@ def test_compiled_layer_under_autocast_gives_the_same_output():
         assert relative_error(compiled(layer)(x), layer(x)) < 1e-2
 
 
-@for_cases
+@for_few_cases
 def test_fold_recompiles_no_layer(case):
     model, layer = rotated(case, merge_interval=4)
     forward = compiled(layer)
@@ -117,10 +102,10 @@ def test_fold_recompiles_no_layer(case):
             loss_and_gradients(layer, forward, x)
             randomize(model, 0.4, seed=seed)
             loss_and_gradients(layer, forward, x)
-    assert num_compilations() == 1
+    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
 
 
-@for_cases
+@for_few_cases
 def test_compiled_layer_computes_with_the_folded_weight(case):
     model, layer = rotated(case, merge_interval=4)
     forward = compiled(layer)
@@ -136,36 +121,32 @@ def test_compiled_layer_computes_with_the_folded_weight(case):
 
 
 def trained_in_turn(regime):
-    model = wrap(llama(), regime, **REGIMES[regime]).train()
+    model = wrap(llama(num_hidden_layers=1), regime, **REGIMES[regime]).train()
     return model, compiled(model), adamw(model)
 
 
+@pytest.mark.slow
 @for_regimes
 def test_compiled_model_gives_the_same_loss_and_gradients(regime):
     model, forward, _ = trained_in_turn(regime)
     assert_close(language_loss(model, forward, tokens()), language_loss(model, model, tokens()))
 
 
-@for_regimes
-def test_compiled_model_is_one_graph(regime):
-    model, forward, _ = trained_in_turn(regime)
-    language_loss(model, forward, tokens())
-    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
-
-
+@pytest.mark.slow
 @for_regimes
 def test_fold_recompiles_no_model(regime):
     model, forward, optimizer = trained_in_turn(regime)
     language_loss(model, forward, tokens())
     optimizer.step()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(4):
+        for seed in range(2):
             merge_and_reinitialize(model, optimizer, reinitialize=seed % 2 == 0)
             language_loss(model, forward, tokens(seed=seed))
             optimizer.step()
-    assert num_compilations() == 1
+    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
 
 
+@pytest.mark.slow
 @for_regimes
 def test_compiled_model_trains_through_folds_as_the_eager_one(regime):
     losses = []

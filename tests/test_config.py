@@ -91,6 +91,7 @@ FILLED = {
         "reinit_interval": 40,
         "base_init": "xavier",
         "keep_initial_weights": True,
+        "memory_efficient": True,
         "compensated_folds": False,
         "seed": 2**40 + 1,
         "init_weights": False,

@@ -56,7 +56,7 @@ def function(y):
 @for_every_path
 @for_float64_cases
 def test_gradients_are_the_finite_differences(case, path, theta, monkeypatch):
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
     _, layer = rotated(case, theta=theta)
     parameters = rotation_parameters(layer)
 
@@ -73,9 +73,9 @@ def test_gradients_are_the_finite_differences(case, path, theta, monkeypatch):
 def test_every_path_gives_the_gradients_of_the_reference(case, leading, path, monkeypatch):
     _, layer = rotated(case)
     x = inputs(case, *leading)
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", reference.poet_linear)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: reference.poet_linear(*args))
     expected = gradients(layer, x)
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
     actual = gradients(layer, x)
     assert all(relative_error(actual[name], expected[name]) < 1e-13 for name in expected)
 
@@ -83,7 +83,7 @@ def test_every_path_gives_the_gradients_of_the_reference(case, leading, path, mo
 @for_every_path
 def test_gradient_of_the_output_may_be_expanded(path, monkeypatch):
     """That of a sum is one number, expanded."""
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
     _, layer = rotated(PLAIN)
     x = inputs(PLAIN, 2, 3)
     ones = torch.ones(2, 3, PLAIN.out_features)
@@ -96,7 +96,7 @@ def test_gradient_of_the_output_may_be_expanded(path, monkeypatch):
 @for_every_path
 @for_cases(lambda case: case.bias and case.dtype == torch.float32)
 def test_bias_trains_where_it_is_asked_to(case, path, monkeypatch):
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
     _, layer = rotated(case, bias="poet_only")
     bias = layer.get_base_layer().bias
     layer(inputs(case, 5)).square().sum().backward()
@@ -154,7 +154,7 @@ def test_gradients_of_no_tokens_are_zero(case):
 @for_every_path
 @for_every_case
 def test_gradient_flows_to_rotations_only(case, path, monkeypatch):
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", path)
+    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
     model, layer = rotated(case)
     model(inputs(case, 5)).square().sum().backward()
     reached = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}

@@ -23,17 +23,20 @@ def poet_linear(
     bias: Tensor | None,
     R: Sequence[RotationTensors],
     P: Sequence[RotationTensors],
+    memory_efficient: bool = False,
 ) -> Tensor:
     """`reference.poet_linear` by the cheaper of two ways; by the reference itself for more than one adapter.
 
     Args:
         x: (..., in), in the dtype of the weight, or in any under autocast.
         weight: (out, in), frozen.
+        memory_efficient: keep no second copy of the weight between forward and backward.
     """
     if len(R) > 1 or len(P) > 1:
         return reference.poet_linear(x, weight, bias, R, P)
-    path = weight_centric if _prefers_weight(x, weight, R, P) else input_centric
-    return path(x, weight, bias, R, P)
+    if _prefers_weight(x, weight, R, P):
+        return weight_centric(x, weight, bias, R, P, memory_efficient)
+    return input_centric(x, weight, bias, R, P)
 
 
 def _prefers_weight(x: Tensor, weight: Tensor, R: Sequence[RotationTensors], P: Sequence[RotationTensors]) -> bool:

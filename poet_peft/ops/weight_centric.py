@@ -6,8 +6,9 @@ gradient in the same basis:
 
     dL/dG_R = D B^T,    dL/dG_P = A^T (G_R^T D),    blocks only,
 
-which is exact for any `G`, orthogonal or not. Activations are not rotated, and of them only `x` is kept. Costs
-2 N m n flops on top of a frozen linear layer's 4 N m n, and about 12 m n b for the weight, whatever N is.
+which is exact for any `G`, orthogonal or not. Activations are not rotated; of them only `x` is kept, and beside it
+`R W P`, or nothing if memory is short. Costs 2 N m n flops on top of a frozen linear layer's 4 N m n, and about
+12 m n b for the weight, whatever N is.
 """
 
 from __future__ import annotations
@@ -25,20 +26,30 @@ from .reference import RotationTensors
 
 
 def weight_centric(
-    x: Tensor, weight: Tensor, bias: Tensor | None, R: Sequence[RotationTensors], P: Sequence[RotationTensors]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    R: Sequence[RotationTensors],
+    P: Sequence[RotationTensors],
+    memory_efficient: bool = False,
 ) -> Tensor:
     """`reference.poet_linear` for one adapter: at most one rotation a side, and at least one in all.
 
     Not differentiable with respect to the weight, and only once with respect to the rest.
+
+    Args:
+        memory_efficient: rebuild the effective weight in the backward instead of keeping it from the forward.
     """
     basis_R = block_basis(R[0][0], weight.shape[0]) if R else None
     basis_P = block_basis(P[0][0], weight.shape[1]) if P else None
     offsets_R, offsets_P = (R[0][1] if R else []), (P[0][1] if P else [])
-    return _RotatedLinear.apply(x, weight, bias, basis_R, basis_P, len(offsets_R), *offsets_R, *offsets_P)
+    return _RotatedLinear.apply(
+        x, weight, bias, basis_R, basis_P, memory_efficient, len(offsets_R), *offsets_R, *offsets_P
+    )
 
 
 class _RotatedLinear(torch.autograd.Function):
-    """Inputs: x, weight, bias, the two bases (order and inverse, or None), the number of R's offsets, all offsets."""
+    """Inputs: x, weight, bias, the two bases, memory_efficient, the number of R's offsets, all offsets."""
 
     @staticmethod
     def forward(
@@ -48,11 +59,12 @@ class _RotatedLinear(torch.autograd.Function):
         bias: Tensor | None,
         basis_R: BlockBasis | None,
         basis_P: BlockBasis | None,
+        memory_efficient: bool,
         num_R: int,
         *offsets: Tensor,
     ) -> Tensor:
         effective = _effective_weight(weight, basis_R, basis_P, offsets[:num_R], offsets[num_R:])
-        ctx.save_for_backward(x, weight, effective, *offsets)
+        ctx.save_for_backward(x, weight, None if memory_efficient else effective, *offsets)
         ctx.basis_R, ctx.basis_P, ctx.num_R = basis_R, basis_P, num_R
         ctx.has_bias = bias is not None
         return F.linear(x, effective, bias)
@@ -61,14 +73,17 @@ class _RotatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, effective, *offsets = ctx.saved_tensors
-        grad_x = (grad_y @ effective.to(grad_y.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        R, P = offsets[: ctx.num_R], offsets[ctx.num_R :]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if effective is None:
+                effective = _effective_weight(weight, ctx.basis_R, ctx.basis_P, R, P)
+            grad_x = (grad_y @ effective.to(grad_y.dtype)).to(x.dtype)
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         grad_bias = grad_y.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         D = grad_y.mT @ x.reshape(-1, x.shape[-1]).to(grad_y.dtype)
-        grads = _grad_offsets(
-            D.to(offsets[0].dtype), weight, ctx.basis_R, ctx.basis_P, offsets[: ctx.num_R], offsets[ctx.num_R :]
-        )
-        return grad_x, None, grad_bias, None, None, None, *grads
+        grads = _grad_offsets(D.to(offsets[0].dtype), weight, ctx.basis_R, ctx.basis_P, R, P)
+        return grad_x, None, grad_bias, None, None, None, None, *grads
 
 
 def _to_basis(matrix: Tensor, basis_R: BlockBasis | None, basis_P: BlockBasis | None) -> Tensor:
