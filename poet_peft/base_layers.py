@@ -39,3 +39,11 @@ def features(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features
+
+
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

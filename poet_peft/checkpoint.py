@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .base_layers import parameter_names
 from .config import POETConfig
 from .errors import POETCheckpointError
 from .layer import POETLayer
@@ -152,14 +153,6 @@ def _check_shapes_and_kinds(tensors: dict[str, Tensor], expected: dict[str, Tens
         "has tensors of another dtype",
         way_out,
     )
-
-
-def parameter_names(model: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter, by its id."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
 
 
 _SAME_CONFIG = "Load it with the adapter_config.json that was saved beside it."

@@ -1,0 +1,110 @@
+"""What is refused, and what is warned of, about the layers that a configuration targets."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .base_layers import check_supported, features, parameter_names
+from .config import POETConfig
+from .primitives import partition_side
+
+
+def check_targets(
+    model: nn.Module, config: POETConfig, targets: list[tuple[str, nn.Module]], **quantization_kwargs: Any
+) -> None:
+    """Check all targeted layers before the model is touched.
+
+    Args:
+        targets: names and modules of the targeted layers.
+        quantization_kwargs: what PEFT needs to recognise a quantized layer.
+
+    Raises:
+        TypeError: a layer is of a kind that cannot be rotated.
+        ValueError: a layer shares its weight, is quantized and would be folded, or is smaller than a fully stochastic
+            block.
+    """
+    owners = parameter_names(model)
+    clipped = []
+    for name, module in targets:
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        check_supported(name, layer, **quantization_kwargs)
+        _check_not_shared(name, layer, owners)
+        _check_base_can_change(name, layer, config)
+        clipped += _check_block_size(name, layer, config)
+    if clipped:
+        warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
+    _warn_of_unmatched_patterns(config, [name for name, _ in targets])
+    if config.base_init is not None and not config._is_from_file:
+        _warn_if_pretrained(model, config)
+
+
+def warn_of_stacked_experts(model: nn.Module) -> None:
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    if experts:
+        warnings.warn(
+            "target_modules='all-linear' does not reach expert weights that are stacked into one 3-D parameter; they "
+            f"are not rotated: {', '.join(experts)}."
+        )
+
+
+def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:
+    names = [owner.replace(".base_layer.", ".") for owner in owners.get(id(getattr(layer, "weight", None)), [])]
+    if len(names) > 1:
+        raise ValueError(
+            f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation of "
+            f"one would change the other. Add {name!r} to exclude_modules."
+        )
+
+
+def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig) -> None:
+    if config.changes_base_weights and not layer.weight.dtype.is_floating_point:
+        raise ValueError(
+            f"{name!r} is quantized ({layer.weight.dtype}): folding (merge_interval={config.merge_interval}) or "
+            f"drawing (base_init={config.base_init!r}) its weight would requantize it. Use merge_interval=0 and "
+            "base_init=None."
+        )
+
+
+def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[str]:
+    """The sides that a block does not fit, as text. Raises ValueError if that cannot be clipped."""
+    key = get_pattern_key(config.block_size_pattern.keys(), name)
+    block_size = config.block_size_pattern.get(key, config.block_size)
+    clipped = []
+    for side, dim in zip(("output", "input"), features(layer), strict=True):
+        if dim == 1:
+            continue
+        try:
+            partition = partition_side(config.variant, block_size, dim)
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r}: {error} ({side} side). Pass a fraction, a smaller block_size, or a block_size_pattern "
+                "for this layer."
+            ) from error
+        if isinstance(block_size, int) and partition.block_size < block_size:
+            clipped.append(f"{name!r} {side} side, {block_size} to {dim}")
+    return clipped
+
+
+def _warn_of_unmatched_patterns(config: POETConfig, names: list[str]) -> None:
+    unmatched = [
+        pattern
+        for pattern in config.block_size_pattern
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    ]
+    if unmatched:
+        warnings.warn(f"block_size_pattern has keys that match no targeted layer and were ignored: {unmatched}.")
+
+
+def _warn_if_pretrained(model: nn.Module, config: POETConfig) -> None:
+    source = getattr(model, "name_or_path", "")
+    if source:
+        warnings.warn(
+            f"base_init={config.base_init!r} throws away the weights of the targeted layers of {source!r} and draws "
+            "them at random. For fine-tuning pass base_init=None."
+        )
