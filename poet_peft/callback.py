@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .config import POETConfig
 from .merging import MergeReport, merge_and_reinitialize
 from .model import poet_layers
-from .optim import rotation_parameters
+from .optim import check_can_fold, rotation_parameters
 from .sharding import check_sharding
 
 
@@ -36,8 +36,8 @@ class POETCallback(TrainerCallback):
         last_report: the `MergeReport` of the latest fold, None before the first.
 
     Raises:
-        ValueError: at the start of training, if the model has no trainable POET layer, or is sharded in a way that
-            folds cannot write to.
+        ValueError: at the start of training, if the model has no trainable POET layer, the optimizer does not hold the
+            rotations, or either is sharded in a way that folds cannot write to (FSDP1, DeepSpeed).
     """
 
     def __init__(self, clip_ramp_steps: int = 10) -> None:
@@ -59,14 +59,23 @@ class POETCallback(TrainerCallback):
         return self
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
     ) -> None:
         check_sharding(model)
-        if not any(parameter.requires_grad for parameter in rotation_parameters(model)):
+        rotations = rotation_parameters(model)
+        if not any(parameter.requires_grad for parameter in rotations):
             raise ValueError(
                 "POETCallback found no trainable POET layer in the model: pass peft_config=POETConfig(...) to the "
                 "trainer, or wrap the model with get_peft_model first."
             )
+        if _config(model).merge_interval:
+            check_can_fold(optimizer, rotations)
         self._num_skipped_steps = max(
             layer.num_skipped_steps(name) for _, layer in poet_layers(model) for name in layer.poet_schedule
         )

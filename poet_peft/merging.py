@@ -9,7 +9,7 @@ from torch import nn
 
 from .errors import POETMergeError
 from .model import poet_layers
-from .optim import check_holds, reset_optimizer_state
+from .optim import check_can_fold, reset_optimizer_state
 from .sharding import check_sharding, reshard
 
 
@@ -73,7 +73,7 @@ def merge_and_reinitialize(
         layer.check_foldable(adapter)
     rotations = [rotation.weight for _, layer, adapter in layers for rotation in layer.rotations(adapter)]
     if optimizer is not None:
-        check_holds(optimizer, rotations)
+        check_can_fold(optimizer, rotations)
 
     with torch.autocast(device_type=rotations[0].device.type, enabled=False):
         folds = [layer.fold(adapter, reinitialize) for _, layer, adapter in layers]

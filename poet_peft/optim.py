@@ -76,12 +76,20 @@ def rotation_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def check_holds(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse an optimizer that trains none of the parameters.
+def check_can_fold(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer whose state for the rotations cannot be started anew.
 
     Raises:
-        ValueError: says how that comes about.
+        ValueError: DeepSpeed's, or one that trains none of the parameters; says how that comes about.
     """
+    inner = optimizer
+    while inner is not None:
+        if type(inner).__module__.partition(".")[0] == "deepspeed":
+            raise ValueError(
+                f"{type(inner).__name__} of DeepSpeed ZeRO keeps its own fp32 copy of the rotations, which would undo "
+                "every fold. Use DDP or FSDP2, or train without folds (merge_interval=0)."
+            )
+        inner = getattr(inner, "optimizer", None)
     if _group_of(optimizer).keys().isdisjoint(map(id, parameters)):
         raise ValueError(
             "the optimizer has none of the model's rotations in its parameter groups, so nothing could be reset. Make "
@@ -103,7 +111,7 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable
         ValueError: the optimizer has none of the parameters in its groups.
     """
     parameters = list(parameters)
-    check_holds(optimizer, parameters)
+    check_can_fold(optimizer, parameters)
     group_of = _group_of(optimizer)
     num_reset = 0
     for parameter in parameters:

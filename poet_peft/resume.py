@@ -105,10 +105,6 @@ def _check_adapter(directory: Path) -> None:
 
 
 def _check_trainer_files(path: Path, random_states: list[Path]) -> None:
-    step = _read_json(path / TRAINER_STATE_NAME).get("global_step")
-    match = _CHECKPOINT.fullmatch(path.name)
-    if not isinstance(step, int) or (match and step != int(match[1])):
-        raise POETCheckpointError(f"{path / TRAINER_STATE_NAME} is of global_step={step!r}, not of {path.name!r}.")
     for archive in [*random_states, *(path / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME))]:
         if archive.exists():
             _check_archive(archive)
@@ -122,6 +118,10 @@ def _check_trainer_files(path: Path, random_states: list[Path]) -> None:
         raise POETCheckpointError(
             f"{', '.join(missing)} is missing, while other files of the training state are there. {_WHY}"
         )
+    step = _read_json(path / TRAINER_STATE_NAME).get("global_step")
+    match = _CHECKPOINT.fullmatch(path.name)
+    if not isinstance(step, int) or (match and step != int(match[1])):
+        raise POETCheckpointError(f"{path / TRAINER_STATE_NAME} is of global_step={step!r}, not of {path.name!r}.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -40,8 +40,7 @@ def check_sharding(model: nn.Module) -> None:
     partitioned = [name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id")]
     if partitioned:
         raise ValueError(
-            f"DeepSpeed ZeRO-3 has taken {partitioned[0]!r} apart, so it cannot be folded. Use ZeRO-1 or 2, DDP, or "
-            "FSDP2."
+            f"DeepSpeed ZeRO-3 has taken {partitioned[0]!r} apart, so it cannot be folded. Use DDP or FSDP2."
         )
 
 

@@ -146,9 +146,10 @@ def main():
     for name, wrap_layers in (("evaluated", True), ("evaluated-root", False)):
         model = build()
         model = shard(model) if wrap_layers else fully_shard(model)
+        optimizer = make_optimizer(model)
         with torch.no_grad():
             before = model(input_ids=tokens()).logits
-        merge_and_reinitialize(model, make_optimizer(model))
+        merge_and_reinitialize(model, optimizer)
         with torch.no_grad():
             after = model(input_ids=tokens()).logits
         model.reshard()
