@@ -65,8 +65,10 @@ def section():
             f"{statistics.median(run['seconds'] for run in group):.0f} | "
             f"{statistics.median(run['peak_memory_mb'] for run in group):,.0f} MB |"
         )
+    printed = (ROOT / "benchmarks" / "results" / "pretrain-default.txt").read_text().strip()
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines += ["", f"Two CPU cores, fp32; {names}. `±` is the standard deviation over seeds."]
+    lines += ["", f"Two CPU cores, fp32; {names}. `±` is the standard deviation over seeds.", ""]
+    lines += ["The end of what the default run printed there:", "", "```text", printed, "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -38,7 +38,7 @@ from poet_peft.initialization import initialize_base_weights
 
 
 # Hidden size, intermediate size, layers, heads: the Llamas of the POET paper, and GaLore's 20m. Their names count a
-# vocabulary of 32 000; with the default 4 096, 20m has 5.3 million parameters.
+# vocabulary of 32 000; with the default 2 048, 20m has 4.2 million parameters.
 PRESETS = {
     "20m": (256, 688, 4, 4),
     "60m": (512, 1376, 8, 8),
@@ -64,7 +64,7 @@ class ExampleArguments:
     poet_lr: float | None = HfArg(default=None, help="poet: learning rate of the rotations; 0 freezes them")
     matrix_lr: float | None = HfArg(default=None, help="adamw: learning rate of the linear layers but the head")
     model_config: str = HfArg(default="20m", help=f"{', '.join(PRESETS)}, or the path of a config JSON")
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     seq_length: int = 256
     text_files: list[str] | None = HfArg(default=None, help="read these files instead of the standard library")
     dataset: str | None = HfArg(default=None, help="read this Hugging Face data set (its train split) instead")
@@ -77,12 +77,13 @@ class ExampleArguments:
 @dataclass
 class TrainArguments(transformers.TrainingArguments):
     output_dir: str = "pretrain-output"
-    max_steps: int = 600
+    max_steps: int = 500
     per_device_train_batch_size: int = 4
-    learning_rate: float = HfArg(default=5e-3, help="of everything but the linear layers: embeddings, norms, head")
+    learning_rate: float = HfArg(default=1e-2, help="of everything but the linear layers: embeddings, norms, head")
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine_with_min_lr"
+    logging_first_step: bool = True
     logging_steps: float = 10
     eval_strategy: str = "steps"
     eval_steps: float = 100

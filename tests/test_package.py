@@ -139,3 +139,8 @@ def test_ci_fails_without_a_readme_command(ci):
     result = ci("```sh\npytest\n```\n")
     assert result.returncode == 1
     assert "README.md has no ```sh block" in result.stderr
+
+
+def test_readme_shows_what_the_results_say():
+    result = run(sys.executable, ROOT / "benchmarks" / "tables.py", "--check")
+    assert result.returncode == 0, result.stderr
