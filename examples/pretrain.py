@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from transformers.hf_argparser import HfArg
 
 import poet_peft
-from poet_peft import POETCallback, POETConfig, poet_param_groups
+from poet_peft import POETCallback, POETConfig, latest_checkpoint, poet_param_groups
 from poet_peft.initialization import initialize_base_weights
 
 
@@ -286,10 +286,13 @@ def main():
         processing_class=tokenizer,
         data_collator=transformers.default_data_collator,
         optimizers=(optimizer_cls(groups, **optimizer_kwargs), None),
-        callbacks=[POETCallback()] if args.method == "poet" else [],
     )
     resume = train_args.resume_from_checkpoint
-    train_output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    if resume in ("True", "true"):
+        resume = latest_checkpoint(train_args.output_dir) if args.method == "poet" else True
+    if args.method == "poet":
+        POETCallback().attach(trainer)
+    train_output = trainer.train(resume_from_checkpoint=resume)
     loss = trainer.evaluate()["eval_loss"]
     memory = peak_memory_mb()
 
