@@ -1,7 +1,8 @@
 """Writes the results section of README.md from benchmarks/results/.
 
-python benchmarks/tables.py            # rewrite README.md
-python benchmarks/tables.py --check    # fail if README.md is not what the results say
+python benchmarks/tables.py --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/NAME.json
+python benchmarks/tables.py                       # rewrite README.md
+python benchmarks/tables.py --check               # fail if README.md is not what the results say
 """
 
 import json
@@ -13,72 +14,117 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
+KEPT_SETTINGS = [
+    "method",
+    "base_init",
+    "variant",
+    "block_size",
+    "merge_interval",
+    "poet_lr",
+    "matrix_lr",
+    "model_config",
+    "vocab_size",
+    "seq_length",
+    "learning_rate",
+    "max_steps",
+    "per_device_train_batch_size",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "seed",
+]
 
 
-def pretraining_runs():
-    """Runs by method and learning rates: {(method, poet_lr, matrix_lr, learning_rate): [metrics, one a seed]}."""
+def keep(name, run_dir):
+    """Everything but the log and settings that say nothing about the result, such as directories."""
+    metrics = json.loads((Path(run_dir) / "metrics.json").read_text())
+    del metrics["log"]
+    metrics["settings"] = {key: metrics["settings"][key] for key in KEPT_SETTINGS}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def runs_by_setting(prefix):
+    """Runs by method and learning rates: {(method, poet_lr, matrix_lr, block_size, lr): [metrics, one a seed]}."""
     runs = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("pretrain-*.json")):
+    for path in sorted(RESULTS.glob(f"{prefix}-*.json")):
         metrics = json.loads(path.read_text())
         settings = metrics["settings"]
-        key = metrics["method"], settings["poet_lr"], settings["matrix_lr"], settings["learning_rate"]
-        runs.setdefault(key, []).append(metrics)
-    return runs
+        names = "method", "poet_lr", "matrix_lr", "block_size", "learning_rate"
+        runs.setdefault(tuple(settings[name] for name in names), []).append(metrics)
+    return dict(sorted(runs.items(), key=lambda item: mean_loss(item[1])))
 
 
-def label(method, poet_lr, matrix_lr):
+def mean_loss(runs):
+    return statistics.mean(run["eval_loss"] for run in runs)
+
+
+def label(method, poet_lr, matrix_lr, block_size):
     if method == "adamw":
-        return f"AdamW, linear layers at {matrix_lr:g}"
-    return f"POET, `--poet_lr {poet_lr:g}`" if poet_lr else "linear layers frozen, `--poet_lr 0`"
+        return f"AdamW, `--matrix_lr {matrix_lr:g}`"
+    if poet_lr == 0:
+        return "linear layers frozen, `--poet_lr 0`"
+    return f"POET, b = {block_size:g}, `--poet_lr {poet_lr:g}`"
 
 
 def loss_text(runs):
-    losses = [run["eval_loss"] for run in runs]
-    return f"{statistics.mean(losses):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else "")
+    spread = f" ± {statistics.stdev(run['eval_loss'] for run in runs):.3f}" if len(runs) > 1 else ""
+    return f"{mean_loss(runs):.3f}{spread}"
+
+
+def table(runs):
+    lines = [
+        "| method | `--learning_rate` | validation loss | seeds | trained in linear layers |",
+        "|---|---|---|---|---|",
+    ]
+    for (*setting, lr), group in runs.items():
+        frozen = setting[1] == 0
+        trained = 0 if frozen else group[0]["parameters"]["trained_in_linear_layers"]
+        lines.append(f"| {label(*setting)} | {lr:g} | {loss_text(group)} | {len(group)} | {trained:,} |")
+    return "\n".join(lines)
 
 
 def section():
-    runs = pretraining_runs()
-    if not runs:
-        return ""
-    order = sorted(runs, key=lambda key: statistics.mean(run["eval_loss"] for run in runs[key]))
-    first = runs[order[0]][0]
-    settings, versions = first["settings"], first["versions"]
-    lines = [
-        "## What the pretraining example gives",
-        "",
-        f"`examples/pretrain.py` and its two controls: {first['parameters']['model'] / 1e6:.1f}M parameters, "
-        f"{first['train_tokens'] / 1e6:.2f}M tokens of Python source, validation on {first['eval_tokens']:,} tokens "
-        f"of held-out files, the same data, initial weights (`{settings['base_init']}`) and schedule. Each learning "
-        "rate was tuned by hand on the same budget; all runs that were kept are in `benchmarks/results`.",
-        "",
-        "| method | other lr | validation loss | seeds | trained in linear layers | seconds | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for key in order:
-        method, poet_lr, matrix_lr, lr = key
-        group = runs[key]
-        trained = 0 if poet_lr == 0 and method == "poet" else group[0]["parameters"]["trained_in_linear_layers"]
-        lines.append(
-            f"| {label(method, poet_lr, matrix_lr)} | {lr:g} | {loss_text(group)} | {len(group)} | {trained:,} | "
-            f"{statistics.median(run['seconds'] for run in group):.0f} | "
-            f"{statistics.median(run['peak_memory_mb'] for run in group):,.0f} MB |"
-        )
-    printed = (ROOT / "benchmarks" / "results" / "pretrain-default.txt").read_text().strip()
-    names = ", ".join(f"{name} {version}" for name, version in versions.items())
-    lines += ["", f"Two CPU cores, fp32; {names}. `±` is the standard deviation over seeds.", ""]
-    lines += ["The end of what the default run printed there:", "", "```text", printed, "```"]
-    return "\n".join(lines) + "\n"
+    final, tuning = runs_by_setting("pretrain"), runs_by_setting("tuning")
+    first = next(iter(final.values()))[0]
+    settings = first["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    printed = (RESULTS / "pretrain-default.txt").read_text().strip()
+    trial = next(iter(tuning.values()))[0]
+    return f"""## What the pretraining example gives
+
+`examples/pretrain.py`, its `--method adamw` and its control: {first["parameters"]["model"] / 1e6:.1f}M parameters,
+{first["train_tokens"] / 1e6:.2f}M tokens of Python source, loss on {first["eval_tokens"]:,} tokens of held-out files;
+the same data, initial weights (`{settings["base_init"]}`) and schedule. Two CPU cores, fp32; {versions}. `±` is the
+standard deviation over seeds.
+
+{table(final)}
+
+What the default run printed at its end:
+
+```text
+{printed}
+```
+
+The learning rates were chosen by these runs of {trial["settings"]["max_steps"]} steps, evaluated on
+{trial["eval_tokens"]:,} tokens:
+
+{table(tuning)}
+"""
 
 
 def main():
+    if "--keep" in sys.argv:
+        return keep(*sys.argv[sys.argv.index("--keep") + 1 :])
     begin, end = MARKERS
     text = README.read_text()
     generated = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{section()}{end}", text, flags=re.DOTALL)
-    if "--check" in sys.argv:
-        sys.exit(None if generated == text else "README.md is not what the results say: run this without --check")
-    README.write_text(generated)
+    if "--check" not in sys.argv:
+        README.write_text(generated)
+    elif generated != text:
+        sys.exit("README.md is not what the results say: run this without --check")
 
 
 if __name__ == "__main__":

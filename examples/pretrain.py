@@ -71,13 +71,13 @@ class ExampleArguments:
     dataset_config: str | None = None
     text_column: str = "text"
     streaming: bool = HfArg(default=False, help="tokenize the data set during training, in its own order")
-    max_eval_sequences: int = HfArg(default=1024, help="of the held-out text")
+    max_eval_sequences: int = HfArg(default=256, help="of the held-out text")
 
 
 @dataclass
 class TrainArguments(transformers.TrainingArguments):
     output_dir: str = "pretrain-output"
-    max_steps: int = 500
+    max_steps: int = 400
     per_device_train_batch_size: int = 4
     learning_rate: float = HfArg(default=1e-2, help="of everything but the linear layers: embeddings, norms, head")
     weight_decay: float = 0.01
