@@ -185,6 +185,50 @@ def test_last_report_is_of_the_latest_fold(tmp_path):
     assert (callback.last_report.num_layers, callback.last_report.epoch) == (14, 2)
 
 
+class Reporter(TrainerCallback):
+    """Stands where the callbacks that `report_to` names stand: before those that the trainer is given."""
+
+    def __init__(self):
+        self.logs = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.setdefault(state.global_step, {}).update(logs)
+
+
+FOLD_KEYS = {
+    "poet/epoch",
+    "poet/orthogonality_error",
+    "poet/max_rotation_angle",
+    "poet/spectral_drift",
+    "poet/states_reset",
+}
+
+
+def test_log_history_has_each_fold_at_its_own_step(tmp_path):
+    model = wrap(llama(), "periodic", merge_interval=4)
+    trainer = trainer_of(model, tmp_path, POETCallback(), logging_steps=3)
+    trainer.train()
+    logged = {entry["step"]: entry["poet/epoch"] for entry in trainer.state.log_history if "poet/epoch" in entry}
+    assert logged == {4: 1, 8: 2}
+
+
+def test_attached_callback_reports_folds_to_the_callbacks_that_report(tmp_path):
+    model = wrap(llama(), "periodic", merge_interval=4)
+    reporter = Reporter()
+    trainer = trainer_of(model, tmp_path, reporter, logging_steps=3)
+    POETCallback().attach(trainer)
+    trainer.train()
+    assert {step for step, logs in reporter.logs.items() if logs.keys() >= FOLD_KEYS} == {4, 8}
+
+
+def test_attaching_takes_the_place_of_a_callback_that_was_given(tmp_path):
+    model = wrap(llama(), "periodic", merge_interval=4)
+    trainer = trainer_of(model, tmp_path, POETCallback())
+    POETCallback().attach(trainer)
+    trainer.train()
+    assert {layer.num_folds("default") for _, layer in poet_layers(model)} == {2}
+
+
 def test_optimizer_state_of_the_rotations_starts_anew_with_every_fold(tmp_path):
     callback = POETCallback()
     trainer = trainer_of(wrap(llama(), "pretraining"), tmp_path, callback, max_steps=9)
