@@ -95,10 +95,12 @@ def section():
     trial = next(iter(tuning.values()))[0]
     return f"""## What the pretraining example gives
 
-`examples/pretrain.py`, its `--method adamw` and its control: {first["parameters"]["model"] / 1e6:.1f}M parameters,
-{first["train_tokens"] / 1e6:.2f}M tokens of Python source, loss on {first["eval_tokens"]:,} tokens of held-out files;
-the same data, initial weights (`{settings["base_init"]}`) and schedule. Two CPU cores, fp32; {versions}. `±` is the
-standard deviation over seeds.
+`examples/pretrain.py`, its `--method adamw` and its control, all from the same initial weights
+(`{settings["base_init"]}`), on the same data and schedule: {first["parameters"]["model"] / 1e6:.1f}M parameters,
+{first["train_tokens"] / 1e6:.2f}M tokens of Python source, loss on {first["eval_tokens"]:,} tokens of held-out files.
+Two CPU cores, fp32, {versions}.
+`±` is the standard deviation over seeds: a difference below it is none. This is a short run of a small model; it says
+that the example works, not which method wins at scale.
 
 {table(final)}
 
@@ -108,8 +110,8 @@ What the default run printed at its end:
 {printed}
 ```
 
-The learning rates were chosen by these runs of {trial["settings"]["max_steps"]} steps, evaluated on
-{trial["eval_tokens"]:,} tokens:
+The learning rates were chosen by these runs of {trial["settings"]["max_steps"]} steps ({trial["eval_tokens"]:,}
+tokens of evaluation):
 
 {table(tuning)}
 """
