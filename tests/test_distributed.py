@@ -193,6 +193,11 @@ def test_fold_after_an_evaluation_is_not_lost(fsdp_reports, name):
     assert max(fsdp_reports[0][name]) < 1e-5
 
 
+def test_sharded_training_with_gradient_checkpointing_is_the_same(fsdp, fsdp_reports):
+    assert fsdp_reports[0]["checkpointing"] == fsdp_reports[0]["whole"]
+    assert_same_state(load_file(fsdp / "checkpointing.weights"), load_file(fsdp / "whole.weights"))
+
+
 def test_sharded_training_in_mixed_precision_follows_that_in_fp32(fsdp_reports):
     assert fsdp_reports[0]["bfloat16"] == pytest.approx(fsdp_reports[0]["whole"], rel=1e-2)
 

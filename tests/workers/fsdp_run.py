@@ -157,6 +157,12 @@ def main():
             after_reshard = model(input_ids=tokens()).logits
         report[name] = [float((x - before).abs().max()) for x in (after, after_reshard)]
 
+    model = build()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model = shard(model)
+    optimizer = make_optimizer(model)
+    finish("checkpointing", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
+
     model = shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = make_optimizer(model)
     finish("bfloat16", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
