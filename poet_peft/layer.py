@@ -173,10 +173,11 @@ class POETLayer(BaseTunerLayer):
         # Frozen by the method, also where a loader of transformers has made a new parameter of it that is not.
         weight = weight_as_matrix(base_layer).detach()
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            return poet_linear(x, weight, base_layer.bias, R, P, memory_efficient=self._memory_efficient)
-        x = self._cast_input_dtype(x, weight.dtype)
-        return poet_linear(x, weight, base_layer.bias, R, P, memory_efficient=self._memory_efficient).to(dtype)
+        autocasts = torch.is_autocast_enabled(x.device.type)
+        if not autocasts:
+            x = self._cast_input_dtype(x, weight.dtype)
+        y = poet_linear(x, weight, base_layer.bias, R, P, memory_efficient=self._memory_efficient)
+        return y if autocasts else y.to(dtype)
 
     def _rotate_around(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,22 @@ class BlockBasis(NamedTuple):
 
     order: Tensor
     inverse: Tensor
+
+
+def block_slices(offsets: Sequence[Tensor]) -> list[tuple[Tensor, slice]]:
+    """Each batch of equal blocks (num_blocks, b, b), and where its features stand in the basis."""
+    slices = []
+    start = 0
+    for offset in offsets:
+        stop = start + offset.shape[0] * offset.shape[1]
+        slices.append((offset, slice(start, stop)))
+        start = stop
+    return slices
+
+
+def num_rotated(offsets: Sequence[Tensor]) -> int:
+    """How many features the blocks rotate; those behind them in the basis stay as they are."""
+    return sum(offset.shape[0] * offset.shape[1] for offset in offsets)
 
 
 def block_basis(index: Tensor, dim: int) -> BlockBasis:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .basis import block_basis
+from .basis import block_basis, block_slices, num_rotated
 from .reference import RotationTensors
 
 
@@ -47,14 +47,11 @@ def rotate(x: Tensor, rotation: RotationTensors) -> Tensor:
     basis = block_basis(index, x.shape[-1])
     gathered = _Gather.apply(x, basis.order, basis.inverse)
     parts = []
-    start = 0
-    for offset in offsets:
-        num_blocks, b, _ = offset.shape
-        blocks = gathered.narrow(-1, start, num_blocks * b).unflatten(-1, (num_blocks, b))
+    for offset, part in block_slices(offsets):
+        blocks = gathered[..., part].unflatten(-1, offset.shape[:2])
         change = torch.einsum("...nj,nij->...ni", blocks, offset.to(x.dtype))
         parts.append((blocks + change.to(x.dtype)).flatten(-2))
-        start += num_blocks * b
-    parts.append(gathered.narrow(-1, start, x.shape[-1] - start))
+    parts.append(gathered[..., num_rotated(offsets) :])
     with torch.autocast(device_type=x.device.type, enabled=False):  # cat refuses fp16 under bf16 autocast
         rotated = torch.cat(parts, dim=-1)
     return _Gather.apply(rotated, basis.inverse, basis.order)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .basis import BlockBasis, block_basis
+from .basis import BlockBasis, block_basis, block_slices, num_rotated
 from .reference import RotationTensors
 
 
@@ -81,8 +81,10 @@ class _RotatedLinear(torch.autograd.Function):
             grad_x = (grad_y @ effective.to(grad_y.dtype)).to(x.dtype)
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         grad_bias = grad_y.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        D = grad_y.mT @ x.reshape(-1, x.shape[-1]).to(grad_y.dtype)
-        grads = _grad_offsets(D.to(offsets[0].dtype), weight, ctx.basis_R, ctx.basis_P, R, P)
+        grads = [None] * len(offsets)
+        if any(ctx.needs_input_grad[-len(offsets) :]):
+            D = grad_y.mT @ x.reshape(-1, x.shape[-1]).to(grad_y.dtype)
+            grads = _grad_offsets(D.to(offsets[0].dtype), weight, ctx.basis_R, ctx.basis_P, R, P)
         return grad_x, None, grad_bias, None, None, None, None, *grads
 
 
@@ -120,42 +122,30 @@ def _grad_offsets(
     D = _to_basis(D, basis_R, basis_P)
     grads = []
     B = _rotate_columns(A, P)
-    start = 0
-    for offset in R:
-        num_blocks, b, _ = offset.shape
-        rows = slice(start, start + num_blocks * b)
-        grads.append(D[rows].unflatten(0, (num_blocks, b)) @ B[rows].unflatten(0, (num_blocks, b)).mT)
-        start += num_blocks * b
+    for offset, rows in block_slices(R):
+        shape = offset.shape[:2]
+        grads.append(D[rows].unflatten(0, shape) @ B[rows].unflatten(0, shape).mT)
     D = _rotate_rows(D, R, transpose=True)
-    start = 0
-    for offset in P:
-        num_blocks, b, _ = offset.shape
-        columns = slice(start, start + num_blocks * b)
-        A_blocks = A[:, columns].unflatten(1, (num_blocks, b)).permute(1, 2, 0)
-        grads.append(A_blocks @ D[:, columns].unflatten(1, (num_blocks, b)).transpose(0, 1))
-        start += num_blocks * b
+    for offset, columns in block_slices(P):
+        shape = offset.shape[:2]
+        A_blocks = A[:, columns].unflatten(1, shape).permute(1, 2, 0)
+        grads.append(A_blocks @ D[:, columns].unflatten(1, shape).transpose(0, 1))
     return grads
 
 
 def _rotate_rows(matrix: Tensor, offsets: Sequence[Tensor], transpose: bool = False) -> Tensor:
     """`G X` of a matrix (rows, columns) whose first rows are the blocks' features."""
     parts = []
-    start = 0
-    for offset in offsets:
-        num_blocks, b, _ = offset.shape
-        rows = matrix[start : start + num_blocks * b].unflatten(0, (num_blocks, b))
+    for offset, part in block_slices(offsets):
+        rows = matrix[part].unflatten(0, offset.shape[:2])
         parts.append(torch.baddbmm(rows, offset.mT if transpose else offset, rows).flatten(0, 1))
-        start += num_blocks * b
-    return torch.cat([*parts, matrix[start:]])
+    return torch.cat([*parts, matrix[num_rotated(offsets) :]])
 
 
 def _rotate_columns(matrix: Tensor, offsets: Sequence[Tensor]) -> Tensor:
     """`X G` of a matrix (rows, columns) whose first columns are the blocks' features."""
     parts = []
-    start = 0
-    for offset in offsets:
-        num_blocks, b, _ = offset.shape
-        columns = matrix[:, start : start + num_blocks * b].unflatten(1, (num_blocks, b)).transpose(0, 1)
+    for offset, part in block_slices(offsets):
+        columns = matrix[:, part].unflatten(1, offset.shape[:2]).transpose(0, 1)
         parts.append(torch.baddbmm(columns, columns, offset).transpose(0, 1).flatten(1))
-        start += num_blocks * b
-    return torch.cat([*parts, matrix[:, start:]], dim=1)
+    return torch.cat([*parts, matrix[:, num_rotated(offsets) :]], dim=1)
