@@ -14,14 +14,16 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .base_layers import features, weight_as_matrix
+from .cache import ParameterCache, Values
 from .config import POETConfig
 from .errors import POETMergeError, POETReferenceError
 from .ops import reference
-from .ops.paths import poet_linear
+from .ops.paths import choose_path, poet_linear
+from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
 from .precision import LOW_PRECISION, at_least_fp32, join, nothing_cut_off, split
 from .primitives import partition_side
 from .rotation import Rotation
-from .sharding import full, write
+from .sharding import full, some_model_is_sharded, write
 
 
 _NUM_PROBES = 8
@@ -69,6 +71,7 @@ class POETLayer(BaseTunerLayer):
         self._periodic_adapters: set[str] = set()
         self._compensated_adapters: set[str] = set()
         self._memory_efficient = False
+        self._cache = ParameterCache()
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -156,39 +159,91 @@ class POETLayer(BaseTunerLayer):
 
     # Forward
 
-    def _tensors(self, adapter_names: list[str]) -> tuple[list[reference.RotationTensors], ...]:
-        def tensors(side: nn.ModuleDict) -> list[reference.RotationTensors]:
-            return [(side[name].index, side[name].offsets()) for name in adapter_names if name in side]
+    def _rotation_parameters(self, adapter_names: list[str]) -> tuple[list[RotationParameters], ...]:
+        """Both sides' rotations, the first adapter's first."""
+        R, P = ([side[name] for name in adapter_names if name in side] for side in (self.poet_R, self.poet_P))
+        return [rotation.as_parameters() for rotation in R], [rotation.as_parameters() for rotation in P]
 
-        return tensors(self.poet_R), tensors(self.poet_P)
+    def _tensors(self, adapter_names: list[str]) -> tuple[list[reference.RotationTensors], ...]:
+        """The same in the form that `reference` takes."""
+        R, P = self._rotation_parameters(adapter_names)
+        return [rotation.tensors() for rotation in R], [rotation.tensors() for rotation in P]
 
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if self.has_adapter(name)]
 
     def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        R, P = self._tensors(self._active_here())
+        R, P = self._rotation_parameters(self._active_here())
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None or hasattr(base_layer, "_hf_hook"):
-            return self._rotate_around(base_layer, x, R, P, *args, **kwargs)
+            return self._rotate_around(base_layer, x, *args, **kwargs)
         # Frozen by the method, also where a loader of transformers has made a new parameter of it that is not.
         weight = weight_as_matrix(base_layer).detach()
         dtype = x.dtype
         autocasts = torch.is_autocast_enabled(x.device.type)
         if not autocasts:
             x = self._cast_input_dtype(x, weight.dtype)
-        y = poet_linear(x, weight, base_layer.bias, R, P, memory_efficient=self._memory_efficient)
+        keeps_weight = self._can_keep_weight(weight)
+        path = choose_path(x, weight, R, P, keeps_weight, self._memory_efficient)
+        if keeps_weight and not torch.is_grad_enabled() and path != "input_centric":
+            y = F.linear(x, self._kept_effective_weight(weight, R, P), base_layer.bias)
+        else:
+            prepared = None
+            if keeps_weight and path in ("weight_centric", "tangent"):
+                prepared = self._kept_preparation(weight, R, P, with_inverses=path == "tangent")
+            y = poet_linear(x, weight, base_layer.bias, R, P, path, self._memory_efficient, prepared)
         return y if autocasts else y.to(dtype)
+
+    def _can_keep_weight(self, weight: Tensor) -> bool:
+        """Whether `R W P` may be kept for the next forward."""
+        return not (
+            self._memory_efficient
+            or torch.compiler.is_compiling()
+            or type(weight) is not Tensor
+            or weight.is_inference()
+            or weight.is_meta
+            or hasattr(self, "_hf_hook")  # accelerate may take the weights away after each forward
+            or some_model_is_sharded()
+        )
+
+    def _kept_values(self, weight: Tensor, R: list[RotationParameters], P: list[RotationParameters]) -> Values:
+        sources = [weight, *(tensor for rotation in (*R, *P) for tensor in (rotation.upper, rotation.index))]
+        return self._cache.values(sources, tuple(self._active_here()))
+
+    def _kept_effective_weight(
+        self, weight: Tensor, R: list[RotationParameters], P: list[RotationParameters]
+    ) -> Tensor:
+        def compute() -> Tensor:
+            if len(R) > 1 or len(P) > 1:
+                return reference.effective_weight(weight, [r.tensors() for r in R], [p.tensors() for p in P])
+            return prepare(weight, R[0] if R else None, P[0] if P else None, with_inverses=False).weight
+
+        return self._kept_values(weight, R, P).get("effective", compute)
+
+    def _kept_preparation(
+        self, weight: Tensor, R: list[RotationParameters], P: list[RotationParameters], with_inverses: bool
+    ) -> Prepared:
+        uppers = [rotation.upper for rotation in (*R, *P) if rotation.upper.requires_grad]
+        is_in_backward = torch._C._current_graph_task_id() != -1
+        if uppers and not is_in_backward and not any(upper.is_leaf and upper.grad is not None for upper in uppers):
+            # The first micro-batch of a step. An optimizer that is not one of torch's leaves no other trace.
+            self._cache.clear()
+        values = self._kept_values(weight, R, P)
+        sides = values.get(
+            f"sides, {with_inverses=}",
+            lambda: prepare_sides(weight, R[0] if R else None, P[0] if P else None, with_inverses),
+        )
+        return Prepared(*sides, values.get("effective", lambda: effective_weight(weight, *sides)))
 
     def _rotate_around(
         self,
         base_layer: nn.Module,
         x: Tensor,
-        R: list[reference.RotationTensors],
-        P: list[reference.RotationTensors],
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """The forward around a base layer whose weight cannot be read cheaply: `R (base(P x) - b) + b`."""
+        R, P = self._tensors(self._active_here())
         for rotation in reversed(P):
             x = reference.rotate(x, rotation)
         y = base_layer(x, *args, **kwargs)
@@ -437,6 +492,20 @@ class Linear(nn.Module, POETLayer):
         if self.merged or not self._active_here():
             return self.base_layer(x, *args, **kwargs)
         return self._rotated_forward(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Linear:
+        if mode != self.training:
+            self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Linear:
+        self._cache.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Linear:
+        replica = super()._replicate_for_data_parallel()
+        replica._cache = ParameterCache()
+        return replica
 
     def __repr__(self) -> str:
         return "poet." + super().__repr__()

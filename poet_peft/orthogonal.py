@@ -74,6 +74,72 @@ def cayley_neumann_offset(Q: Tensor, num_terms: int = 3) -> Tensor:
     return inner
 
 
+def cayley_pull_back(offset: Tensor, grad: Tensor) -> Tensor:
+    """The gradient by the strict upper triangles of `Q` from that by `G = cayley(Q)`: (..., n (n - 1) / 2).
+
+    `dL/dQ = 2 K^T (dL/dG) K^T` with `K = (I - Q)^-1 = I + (G - I) / 2`: no solve.
+
+    Args:
+        offset: `G - I`, shape (..., n, n).
+        grad: `dL/dG`, shape (..., n, n).
+    """
+    K = _add_identity(offset / 2)
+    return _skew_gradient(2 * (K.mT @ grad @ K.mT))
+
+
+def cayley_neumann_pull_back(Q: Tensor, grad: Tensor, num_terms: int = 3) -> Tensor:
+    """The gradient by the strict upper triangles of `Q` from that by `G = cayley_neumann(Q, num_terms)`.
+
+    Four products for `num_terms = 3`, one for 1: powers of a skew-symmetric matrix are their own transposes up to
+    sign, and of `S Q + Q S` with a symmetric `S` only one half has to be computed.
+
+    Args:
+        Q: skew-symmetric, shape (batch, n, n).
+        grad: `dL/dG`, shape (batch, n, n).
+
+    Returns:
+        shape (batch, n (n - 1) / 2).
+    """
+    if num_terms == 1:
+        return _skew_gradient(torch.baddbmm(grad, grad + grad.mT, Q, beta=2, alpha=-1))
+    if num_terms == 3:
+        Q2 = Q @ Q
+        inner = Q2 @ grad
+        through_Q2 = torch.baddbmm(inner, grad, Q2 - 2 * Q).add_(grad, alpha=2)
+        inner += grad
+        return _skew_gradient(torch.baddbmm(inner, through_Q2 + through_Q2.mT, Q, beta=2, alpha=-1))
+    # The recurrence inner_k = 2 Q + Q inner_(k-1), inner_0 = Q, backwards.
+    inners = [Q]
+    for _ in range(num_terms):
+        inners.append(2 * Q + Q @ inners[-1])
+    direct = torch.zeros_like(Q)
+    for inner in reversed(inners[:-1]):
+        direct = direct + 2 * grad + grad @ inner.mT
+        grad = -(Q @ grad)
+    return _skew_gradient(direct + grad)
+
+
+def _skew_gradient(grad: Tensor) -> Tensor:
+    """The gradient by the strict upper triangle of a skew-symmetric matrix from that by all its entries."""
+    n = grad.shape[-1]
+    rows, columns = torch.triu_indices(n, n, offset=1, device=grad.device, dtype=torch.int32)
+    flat = grad.flatten(-2)
+    return flat.index_select(-1, rows * n + columns) - flat.index_select(-1, columns * n + rows)
+
+
+def inverse_transpose_offset(offset: Tensor) -> tuple[Tensor, Tensor]:
+    """`G^-T - I` of a nearly orthogonal `G`, from `G - I`, and a bound of its error over the batch.
+
+    `G^-T = G (I + E)^-1` with `E = G^T G - I`, and the inverse as its Neumann series to `E^3`: the error is about
+    `||E||_2^4 <= ||E^2||_F^2`. Shapes (batch, n, n) and ().
+    """
+    E = torch.baddbmm(offset + offset.mT, offset.mT, offset)
+    E2 = E @ E
+    series = torch.baddbmm(E2 - E, E2, E, alpha=-1)
+    error = E2.square().sum((-2, -1)).amax()
+    return torch.baddbmm(series, offset, series).add_(offset), error
+
+
 def orthogonality_error(G: Tensor) -> Tensor:
     """The largest entry of `|G^T G - I|` over all matrices of the batch, a scalar."""
     if G.numel() == 0:

@@ -8,15 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .orthogonal import (
-    cayley_neumann_offset,
-    cayley_offset,
-    orthogonality_error,
-    skew,
-    skew_norm,
-    spectrum_bound,
-)
-from .precision import at_least_fp32
+from .block_map import BlockMap
+from .ops.prepared import RotationParameters
+from .orthogonal import cayley_neumann_offset, orthogonality_error, skew_norm, spectrum_bound
 from .primitives import BlockPartition, Side, draw_index
 from .sharding import full
 
@@ -64,8 +58,7 @@ class Rotation(nn.Module):
         self.partition = partition
         self.side = side
         self.module_name = module_name
-        self.orthogonal_map = orthogonal_map
-        self.num_neumann_terms = num_neumann_terms
+        self.block_map = BlockMap(partition, orthogonal_map, num_neumann_terms)
         self.weight = nn.Parameter(torch.zeros(partition.num_parameters))
         self.register_buffer("index", self.draw_index(seed, epoch))
 
@@ -74,27 +67,16 @@ class Rotation(nn.Module):
         return draw_index(self.partition, seed=seed, module_name=self.module_name, side=self.side, epoch=epoch)
 
     def skew_blocks(self) -> list[Tensor]:
-        """The blocks' `Q` in the parameter's dtype, at least fp32: (num_full_blocks, b, b) and, with a remainder r,
-        (1, r, r)."""
-        weight = at_least_fp32(full(self.weight))
-        b, r = self.partition.block_size, self.partition.remainder
-        num_full = self.partition.num_full_blocks
-        split = num_full * (b * (b - 1) // 2)
-        blocks = [skew(weight[:split].view(num_full, -1), b)]
-        if r:
-            blocks.append(skew(weight[split:].view(1, -1), r))
-        return blocks
+        """The blocks' `Q` in the parameter's dtype, at least fp32: see `BlockMap`."""
+        return self.block_map.skew_blocks(full(self.weight))
 
     def offsets(self) -> list[Tensor]:
-        """`G - I` of the blocks, in the shapes and dtype of `skew_blocks`. Always computed in full precision: under
-        bf16 autocast alone the orthogonality error grows from 2e-7 to 4e-4."""
-        with torch.autocast(device_type=self.weight.device.type, enabled=False):
-            return [self._map(Q) for Q in self.skew_blocks()]
+        """`G - I` of the blocks, in the shapes and dtype of `skew_blocks`."""
+        return self.block_map.offsets(self.skew_blocks())
 
-    def _map(self, Q: Tensor) -> Tensor:
-        if self.orthogonal_map == "cayley":
-            return cayley_offset(Q)
-        return cayley_neumann_offset(Q, self.num_neumann_terms)
+    def as_parameters(self) -> RotationParameters:
+        """What the compute paths need of it."""
+        return RotationParameters(self.index, full(self.weight), self.block_map)
 
     @torch.no_grad()
     def is_usable(self) -> bool:
@@ -115,13 +97,14 @@ class Rotation(nn.Module):
         output cannot notice, the orthogonal matrix next to it, so that nothing drifts.
         """
         blocks = self.skew_blocks()
-        offsets = [self._map(Q) for Q in blocks]
+        offsets = self.block_map.offsets(blocks)
         matrices = [offset + torch.eye(offset.shape[-1]).to(offset) for offset in offsets]
         error = FoldError(
             orthogonality=max(float(orthogonality_error(G)) for G in matrices),
             spectrum=max(float(spectrum_bound(G).amax()) for G in matrices),
         )
-        is_series = self.orthogonal_map == "cayley_neumann" and self.num_neumann_terms % 2 == 1
+        block_map = self.block_map
+        is_series = block_map.orthogonal_map == "cayley_neumann" and block_map.num_neumann_terms % 2 == 1
         if is_series and error.spectrum < _UNNOTICED:
             offsets = [cayley_neumann_offset(Q, _LONG_SERIES) for Q in blocks]
         return offsets, error
@@ -137,5 +120,5 @@ class Rotation(nn.Module):
         self.index.copy_(self.draw_index(seed, epoch))
 
     def extra_repr(self) -> str:
-        p = self.partition
-        return f"dim={p.dim}, num_rotated={p.num_rotated}, block_size={p.block_size}, map={self.orthogonal_map}"
+        p, kind = self.partition, self.block_map.orthogonal_map
+        return f"dim={p.dim}, num_rotated={p.num_rotated}, block_size={p.block_size}, map={kind}"

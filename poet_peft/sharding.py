@@ -44,6 +44,18 @@ def check_sharding(model: nn.Module) -> None:
         )
 
 
+def some_model_is_sharded() -> bool:
+    """Whether `fully_shard` (FSDP2) was applied to any module of the process.
+
+    In a forward, its gathered parameters look like any others.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return len(_module_state_mapping) > 0
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of gathered weights, which a forward without backward leaves behind: writing to them would be lost."""
     if not torch.distributed.is_available():

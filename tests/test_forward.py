@@ -28,13 +28,8 @@ from poet_peft.ops import paths, reference
 MANY = 200  # tokens: enough for the weight-centric path in every case with two sides
 
 LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3), (MANY,)]
-PATHS = {
-    "reference": reference.poet_linear,
-    "input-centric": paths.input_centric,
-    "weight-centric": paths.weight_centric,
-}
 
-for_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+for_every_path = pytest.mark.parametrize("path", paths.PATHS)
 for_few_and_many_tokens = pytest.mark.parametrize("num_tokens", [3, MANY])
 
 
@@ -42,8 +37,14 @@ def tensors(layer):
     """The arguments of a path after `x`: weight, bias, R, P."""
     base = layer.get_base_layer()
     weight = base.weight.mT if type(base).__name__ == "Conv1D" else base.weight
-    R, P = ([(side[name].index, side[name].offsets()) for name in side] for side in (layer.poet_R, layer.poet_P))
+    R, P = ([side[name].as_parameters() for name in side] for side in (layer.poet_R, layer.poet_P))
     return weight, base.bias, R, P
+
+
+def effective_weight(layer):
+    """By the reference."""
+    weight, _, R, P = tensors(layer)
+    return reference.effective_weight(weight, [r.tensors() for r in R], [p.tensors() for p in P])
 
 
 # Values
@@ -132,14 +133,16 @@ def test_bias_is_not_rotated(case, num_tokens):
 def test_every_path_is_the_dense_rotation(case, leading, path):
     _, layer = rotated(case)
     x = inputs(case, *leading)
-    assert relative_error(path(x, *tensors(layer)), dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+    assert (
+        relative_error(paths.poet_linear(x, *tensors(layer), path), dense_output(case, layer, x))
+        < TOLERANCE[case.dtype]
+    )
 
 
 @for_every_case
 def test_effective_weight_is_the_dense_rotation(case):
     _, layer = rotated(case)
-    weight, _, R, P = tensors(layer)
-    effective = reference.effective_weight(weight, R, P)
+    effective = effective_weight(layer)
     assert effective.dtype == case.dtype
     assert relative_error(effective, dense_weight(case, layer)) < TOLERANCE[case.dtype]
 
@@ -149,7 +152,8 @@ def test_weight_centric_path_rounds_the_weight_once(case):
     """In low precision it rotates in float32: the identity matrix as input shows the weight it used."""
     _, layer = rotated(case)
     weight, _, R, P = tensors(layer)
-    used = paths.weight_centric(torch.eye(case.in_features, dtype=case.dtype), weight, None, R, P).T
+    eye = torch.eye(case.in_features, dtype=case.dtype)
+    used = paths.poet_linear(eye, weight, None, R, P, "weight_centric").T
     exact = dense_weight(case, layer)
     rounding = 0.5 * torch.finfo(case.dtype).eps * exact.abs()
     arithmetic = 1e-14 if case.dtype == torch.float64 else 2e-6
@@ -161,7 +165,7 @@ def test_weight_centric_path_rounds_the_weight_once_under_autocast(case):
     _, layer = rotated(case)
     weight, _, R, P = tensors(layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        used = paths.weight_centric(torch.eye(case.in_features), weight, None, R, P).T
+        used = paths.poet_linear(torch.eye(case.in_features), weight, None, R, P, "weight_centric").T
     exact = dense_weight(case, layer)
     assert ((used.double() - exact).abs() <= 0.5 * torch.finfo(torch.bfloat16).eps * exact.abs() + 2e-6).all()
 
@@ -177,15 +181,38 @@ def test_rotate_by_the_transpose_is_the_matrix_product_from_the_right(case):
 
 
 @pytest.mark.parametrize("trains", [True, False], ids=["training", "inference"])
-def test_few_tokens_rotate_activations_and_many_rotate_the_weight(trains, monkeypatch):
-    _, layer = rotated(PLAIN)
-    taken = []
-    monkeypatch.setattr(paths, "input_centric", lambda *args: taken.append("input-centric"))
-    monkeypatch.setattr(paths, "weight_centric", lambda *args: taken.append("weight-centric"))
+@pytest.mark.parametrize("keeps_weight", [True, False], ids=["kept", "built-anew"])
+def test_path_follows_the_number_of_tokens(trains, keeps_weight):
+    _, layer = rotated(Case("wide", 256, 256, block_size=32))
+    weight, _, R, P = tensors(layer)
     with torch.set_grad_enabled(trains):
-        for num_tokens in (1, 2, 1000, 100_000):
-            paths.poet_linear(inputs(PLAIN, 1).expand(num_tokens, -1), *tensors(layer))
-    assert taken == ["input-centric", "input-centric", "weight-centric", "weight-centric"]
+        few, many = (
+            paths.choose_path(torch.empty(1, 256, requires_grad=trains).expand(n, -1), weight, R, P, keeps_weight)
+            for n in (2, 100_000)
+        )
+    expected = {True: ("input_centric", "tangent"), False: ("input_centric", "weight_centric")}[trains]
+    assert (few, many) == (("weight_centric",) * 2 if keeps_weight and not trains else expected)
+
+
+def test_input_without_gradient_needs_no_tangent_rule():
+    """Its gradient would be computed for the rule alone."""
+    _, layer = rotated(Case("wide", 256, 256, block_size=32))
+    weight, _, R, P = tensors(layer)
+    assert paths.choose_path(torch.empty(100_000, 256), weight, R, P, True) == "weight_centric"
+
+
+def test_forced_path_is_taken_whatever_the_shape():
+    _, layer = rotated(PLAIN)
+    weight, _, R, P = tensors(layer)
+    for path in paths.PATHS:
+        with paths.compute_path(path):
+            assert paths.choose_path(inputs(PLAIN, 1), weight, R, P, True) == path
+
+
+def test_unknown_path_is_refused_by_name():
+    expected = "path='fastest' is unknown; choose one of 'reference', 'input_centric'"
+    with pytest.raises(ValueError, match=expected), paths.compute_path("fastest"):
+        pass
 
 
 @for_every_case
@@ -209,8 +236,7 @@ def test_forward_around_a_base_layer_with_hooks_is_the_dense_rotation(case):
 @for_every_case
 def test_effective_weight_of_an_untrained_adapter_is_the_weight_bit_for_bit(case):
     _, layer = rotated(case, theta=0.0)
-    weight, _, R, P = tensors(layer)
-    assert torch.equal(reference.effective_weight(weight, R, P), weight)
+    assert torch.equal(effective_weight(layer), tensors(layer)[0])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, MANY])

@@ -16,23 +16,24 @@ from cases import (
 )
 from torch.func import functional_call
 
-import poet_peft.layer
 from poet_peft import POETConfig
-from poet_peft.ops import paths, reference
+from poet_peft.ops import effective
+from poet_peft.ops.paths import PATHS, compute_path
 
-
-PATHS = {
-    "reference": reference.poet_linear,
-    "input-centric": paths.input_centric,
-    "weight-centric": paths.weight_centric,
-}
 
 # Largest ||g - g_exact|| / ||g_exact||: some ten roundings of numbers that partly cancel.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-for_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-for_every_fast_path = pytest.mark.parametrize("path", list(PATHS.values())[1:], ids=list(PATHS)[1:])
+for_every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
+for_every_fast_path = pytest.mark.parametrize("path", PATHS[1:], indirect=True)
 for_few_and_many_tokens = pytest.mark.parametrize("num_tokens", [3, 200])
+
+
+@pytest.fixture
+def path(request):
+    """The path that everything in the test is computed by."""
+    with compute_path(request.param):
+        yield request.param
 
 
 def rotation_parameters(layer):
@@ -55,8 +56,7 @@ def function(y):
 @pytest.mark.parametrize("theta", [0.4, 0.0], ids=["rotated", "identity"])
 @for_every_path
 @for_float64_cases
-def test_gradients_are_the_finite_differences(case, path, theta, monkeypatch):
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
+def test_gradients_are_the_finite_differences(case, path, theta):
     _, layer = rotated(case, theta=theta)
     parameters = rotation_parameters(layer)
 
@@ -70,20 +70,37 @@ def test_gradients_are_the_finite_differences(case, path, theta, monkeypatch):
 @for_every_fast_path
 @pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3), (0, 2)], ids=str)
 @for_float64_cases
-def test_every_path_gives_the_gradients_of_the_reference(case, leading, path, monkeypatch):
-    _, layer = rotated(case)
+def test_every_path_gives_the_gradients_of_the_reference(case, leading, path):
+    _, layer = rotated(case, theta=0.2)
     x = inputs(case, *leading)
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: reference.poet_linear(*args))
-    expected = gradients(layer, x)
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
+    with compute_path("reference"):
+        expected = gradients(layer, x)
     actual = gradients(layer, x)
-    assert all(relative_error(actual[name], expected[name]) < 1e-13 for name in expected)
+    tolerance = 1e-5 if path == "tangent" else 1e-13
+    assert all(relative_error(actual[name], expected[name]) < tolerance for name in expected)
+
+
+@pytest.mark.parametrize("theta, is_used", [(0.2, True), (3.0, False)])
+@for_float64_cases
+def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, monkeypatch):
+    """Blocks that are far from orthogonal have their gradients by the other rule, which is exact for any blocks."""
+    is_used = case.orthogonal_map == "cayley" or (is_used and case.num_neumann_terms > 1)
+    _, layer = rotated(case, theta=theta)
+    x = inputs(case, 7)
+    with compute_path("reference"):
+        expected = gradients(layer, x)
+    used = []
+    rule = effective.block_outer_products
+    monkeypatch.setattr(effective, "block_outer_products", lambda *args: (used.append(True), rule(*args))[1])
+    with compute_path("tangent"):
+        actual = gradients(layer, x)
+    assert bool(used) == is_used
+    assert all(relative_error(actual[name], expected[name]) < (1e-5 if is_used else 1e-12) for name in expected)
 
 
 @for_every_path
-def test_gradient_of_the_output_may_be_expanded(path, monkeypatch):
+def test_gradient_of_the_output_may_be_expanded(path):
     """That of a sum is one number, expanded."""
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
     _, layer = rotated(PLAIN)
     x = inputs(PLAIN, 2, 3)
     ones = torch.ones(2, 3, PLAIN.out_features)
@@ -95,8 +112,7 @@ def test_gradient_of_the_output_may_be_expanded(path, monkeypatch):
 
 @for_every_path
 @for_cases(lambda case: case.bias and case.dtype == torch.float32)
-def test_bias_trains_where_it_is_asked_to(case, path, monkeypatch):
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
+def test_bias_trains_where_it_is_asked_to(case, path):
     _, layer = rotated(case, bias="poet_only")
     bias = layer.get_base_layer().bias
     layer(inputs(case, 5)).square().sum().backward()
@@ -153,8 +169,7 @@ def test_gradients_of_no_tokens_are_zero(case):
 
 @for_every_path
 @for_every_case
-def test_gradient_flows_to_rotations_only(case, path, monkeypatch):
-    monkeypatch.setattr(poet_peft.layer, "poet_linear", lambda *args, **_: path(*args))
+def test_gradient_flows_to_rotations_only(case, path):
     model, layer = rotated(case)
     model(inputs(case, 5)).square().sum().backward()
     reached = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}

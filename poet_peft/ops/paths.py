@@ -1,56 +1,126 @@
-"""The choice between the ways to compute a rotated linear layer, by cost."""
+"""The ways to compute a rotated linear layer, and the choice between them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .effective import effective_linear
 from .input_centric import input_centric
-from .reference import RotationTensors
-from .weight_centric import weight_centric
+from .prepared import Prepared, RotationParameters
 
 
-# What moving an entry through a rotation costs on top of its 2 b flops, in flops. Measured on a CPU in fp32.
-_COST_OF_MOVING = 400
+PATHS = ("reference", "input_centric", "weight_centric", "tangent")
+
+# Measured on CPUs in fp32, in flops: what moving an entry through a rotation costs on top of its 2 b flops, what
+# gathering one for an outer product costs, and what moving an entry of the weight in and out of the basis costs.
+_COST_OF_ROTATING = 400
+_COST_OF_GATHERING = 60
+_COST_OF_WEIGHT_ENTRY = 300
+
+_forced_path: str | None = None
+
+
+@contextlib.contextmanager
+def compute_path(path: str) -> Iterator[None]:
+    """Compute all rotated layers by one path, whatever their shape.
+
+    Args:
+        path: "reference", "input_centric", "weight_centric" or "tangent". See `poet_peft.ops`.
+
+    Raises:
+        ValueError: the path is unknown.
+    """
+    global _forced_path
+    if path not in PATHS:
+        raise ValueError(f"path={path!r} is unknown; choose one of {', '.join(map(repr, PATHS))}.")
+    before, _forced_path = _forced_path, path
+    try:
+        yield
+    finally:
+        _forced_path = before
+
+
+def choose_path(
+    x: Tensor,
+    weight: Tensor,
+    R: Sequence[RotationParameters],
+    P: Sequence[RotationParameters],
+    keeps_weight: bool,
+    memory_efficient: bool = False,
+) -> str:
+    """The cheapest path by a cost model of shapes alone, so that a run that is repeated takes the same.
+
+    Args:
+        keeps_weight: whether the effective weight, once built, serves further calls.
+        memory_efficient: whether nothing may be kept for the backward that a frozen linear layer does not keep.
+    """
+    if len(R) > 1 or len(P) > 1:
+        return "reference"
+    if _forced_path is not None:
+        return _forced_path
+    out_features, in_features = weight.shape
+    num_tokens = x.numel() // in_features
+    rotation_R, rotation_P = sum(map(_cost_per_vector, R)), sum(map(_cost_per_vector, P))
+    build = in_features * rotation_R + out_features * rotation_P
+    if not torch.is_grad_enabled():
+        by_input = num_tokens * (rotation_R + rotation_P)
+        return "weight_centric" if keeps_weight or build < by_input else "input_centric"
+
+    costs = {
+        "input_centric": 3 * num_tokens * (rotation_R + rotation_P),
+        "weight_centric": 3 * build + (2 * num_tokens + _COST_OF_WEIGHT_ENTRY) * out_features * in_features,
+    }
+    # The tangent rule looks at numbers, which a compiler cannot trace; and it needs the gradient by x in any case.
+    if x.requires_grad and not memory_efficient and not torch.compiler.is_compiling():
+        costs["tangent"] = build + num_tokens * sum(map(_cost_of_outer_product, (*R, *P)))
+    return min(costs, key=costs.get)
+
+
+def _cost_per_vector(rotation: RotationParameters) -> int:
+    """Of one rotation of a vector."""
+    partition = rotation.block_map.partition
+    return partition.num_rotated * (2 * partition.block_size + _COST_OF_ROTATING)
+
+
+def _cost_of_outer_product(rotation: RotationParameters) -> int:
+    """Of one token's share of the block outer products."""
+    partition = rotation.block_map.partition
+    return partition.num_rotated * (2 * partition.block_size + 2 * _COST_OF_GATHERING)
 
 
 def poet_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    R: Sequence[RotationTensors],
-    P: Sequence[RotationTensors],
+    R: Sequence[RotationParameters],
+    P: Sequence[RotationParameters],
+    path: str,
     memory_efficient: bool = False,
+    prepared: Prepared | None = None,
 ) -> Tensor:
-    """`reference.poet_linear` by the cheaper of two ways; by the reference itself for more than one adapter.
+    """`reference.poet_linear` by a path of `PATHS`.
 
     Args:
         x: (..., in), in the dtype of the weight, or in any under autocast.
         weight: (out, in), frozen.
         memory_efficient: keep no second copy of the weight between forward and backward.
+        prepared: for the last two paths, what `prepare` gives, if it is at hand.
     """
-    if len(R) > 1 or len(P) > 1:
-        return reference.poet_linear(x, weight, bias, R, P)
-    if _prefers_weight(x, weight, R, P):
-        return weight_centric(x, weight, bias, R, P, memory_efficient)
-    return input_centric(x, weight, bias, R, P)
-
-
-def _prefers_weight(x: Tensor, weight: Tensor, R: Sequence[RotationTensors], P: Sequence[RotationTensors]) -> bool:
-    out_features, in_features = weight.shape
-    num_tokens = x.numel() // in_features
-    cost_R = sum(_cost_per_vector(rotation) for rotation in R)
-    cost_P = sum(_cost_per_vector(rotation) for rotation in P)
-    passes = 3 if torch.is_grad_enabled() else 1
-    by_input = passes * num_tokens * (cost_R + cost_P)
-    by_weight = passes * (in_features * cost_R + out_features * cost_P)
-    if torch.is_grad_enabled():
-        by_weight += 2 * num_tokens * out_features * in_features
-    return by_weight < by_input
-
-
-def _cost_per_vector(rotation: RotationTensors) -> int:
-    return sum(offset.shape[0] * offset.shape[1] * (2 * offset.shape[1] + _COST_OF_MOVING) for offset in rotation[1])
+    if path in ("reference", "input_centric"):
+        linear = reference.poet_linear if path == "reference" else input_centric
+        return linear(x, weight, bias, [r.tensors() for r in R], [p.tensors() for p in P])
+    return effective_linear(
+        x,
+        weight,
+        bias,
+        R[0] if R else None,
+        P[0] if P else None,
+        tangent=path == "tangent",
+        memory_efficient=memory_efficient,
+        prepared=prepared,
+    )
