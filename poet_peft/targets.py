@@ -6,6 +6,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -27,8 +28,8 @@ def check_targets(
 
     Raises:
         TypeError: a layer is of a kind that cannot be rotated.
-        ValueError: a layer shares its weight, is quantized and would be folded, or is smaller than a fully stochastic
-            block.
+        ValueError: a layer shares its weight, is bypassed by torch's fast path, is quantized and would be folded, or
+            is smaller than a fully stochastic block.
     """
     owners = parameter_names(model)
     clipped = []
@@ -36,6 +37,7 @@ def check_targets(
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         check_supported(name, layer, **quantization_kwargs)
         _check_not_shared(name, layer, owners)
+        _check_not_bypassed(name, model)
         _check_base_can_change(name, layer, config)
         clipped += _check_block_size(name, layer, config)
     if clipped:
@@ -102,6 +104,16 @@ def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]])
         raise ValueError(
             f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation of "
             f"one would change the other. Add {name!r} to exclude_modules."
+        )
+
+
+def _check_not_bypassed(name: str, model: nn.Module) -> None:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"POET cannot rotate {name!r}: in eval mode torch.nn.TransformerEncoderLayer reads its weight without "
+            "calling it, so its rotations would be ignored without a word. Call "
+            "torch.backends.mha.set_fastpath_enabled(False) first, here and wherever the adapter is used."
         )
 
 

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import randomize
 from models import minilm, tokens
 from peft import OFTConfig, PeftModel, get_peft_model
 from peft.tuners.oft.layer import OFTLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -157,6 +159,7 @@ ARCHITECTURES = {
 }
 TINY = [name for name in ARCHITECTURES if name != "minilm"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRETRAINING = {"merge_interval": 2, "train_rest": True, "base_init": "normalized"}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 for_every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -165,8 +168,8 @@ for_tied_architectures = pytest.mark.parametrize("name", [n for n, a in ARCHITEC
 for_generating_architectures = pytest.mark.parametrize("name", [n for n, a in ARCHITECTURES.items() if a.generates])
 
 
-def build(name: str, dtype: str = "float32") -> PreTrainedModel:
-    torch.manual_seed(0)
+def build(name: str, dtype: str = "float32", seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
     return ARCHITECTURES[name].build().to(DTYPES[dtype]).eval()
 
 
@@ -320,7 +323,7 @@ def test_a_fold_changes_no_output(name):
     train(model, batch, num_steps=2, poet_lr=2e-3)
     before = logits(model, batch)
     merge_and_reinitialize(model)
-    assert relative_error(logits(model, batch), before) < 1e-3
+    assert relative_error(logits(model, batch), before) < 1e-5
 
 
 # Save and reload
@@ -332,7 +335,39 @@ def test_reloaded_adapter_computes_the_same(run, name, dtype):
     assert torch.equal(run(name, dtype).reloaded, run(name, dtype).trained)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_pretraining_checkpoint_reloads_onto_any_other_weights(name, tmp_path):
+    """Everything that is not rotated trains too, in other places in every architecture, and has to be in the file."""
+    model, batch = poet(build(name), **PRETRAINING), inputs(name)
+    train(model, batch, num_steps=2)
+    merge_and_reinitialize(model)
+    train(model, batch, num_steps=2)
+    model.save_pretrained(tmp_path)
+    other = build(name, seed=1)
+    assert relative_error(logits(other, batch), logits(model, batch)) > 0.1
+    assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path).eval(), batch), logits(model, batch))
+
+
 # Merge and export
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_pretrained_model_is_exported(name, tmp_path):
+    model, batch = poet(build(name), **PRETRAINING), inputs(name)
+    train(model, batch)
+    trained, model_class = logits(model, batch), type(model.get_base_model())
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert relative_error(logits(model_class.from_pretrained(tmp_path).eval(), batch), trained) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+def test_merged_model_generates_the_same_text(name):
+    model = poet(build(name))
+    randomize(model, theta=0.4)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    generated = model.generate(tokens(), **settings)
+    assert not torch.equal(generated, build(name).generate(tokens(), **settings))
+    assert torch.equal(model.merge_and_unload().generate(tokens(), **settings), generated)
 
 
 @for_every_architecture
@@ -341,12 +376,14 @@ def test_merged_model_computes_the_same(run, name, dtype):
     assert relative_error(run(name, dtype).merged, run(name, dtype).trained) <= TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @for_every_architecture
 @for_every_dtype
 def test_transformers_alone_computes_the_same_from_the_export(run, alone, name, dtype):
     assert relative_error(alone(name, dtype)["plain"], run(name, dtype).trained) <= TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 @for_every_dtype
 def test_transformers_alone_computes_the_same_from_shards(run, alone, name, dtype):
@@ -445,6 +482,41 @@ def test_classifier_can_be_trained_in_full_and_reloads(name, tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(build(name), tmp_path).eval()
     assert torch.equal(logits(reloaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("name", ["bert", "minilm"])
+def test_task_of_classification_leaves_the_head_to_peft(name):
+    model = poet(build(name), task_type="SEQ_CLS")
+    head = model.base_model.model.classifier
+    assert isinstance(head, ModulesToSaveWrapper)
+    before = head.weight.detach().clone()
+    train(model, inputs(name))
+    merged = model.merge_and_unload().classifier.weight
+    assert torch.equal(merged, head.weight)
+    assert not torch.equal(merged, before)
+
+
+def encoder_of_torch() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+
+
+def test_layer_that_torch_reads_without_calling_it_is_refused():
+    with pytest.raises(ValueError, match="cannot rotate 'layers.0.linear1'.*set_fastpath_enabled"):
+        poet(encoder_of_torch(), target_modules=["linear1"])
+
+
+def test_layer_of_torchs_encoder_is_rotated_without_the_fast_path():
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = poet(encoder_of_torch(), target_modules=["linear1", "linear2"], init_weights=False).eval()
+        with torch.no_grad():
+            y = model(x)
+            assert relative_error(y, encoder_of_torch()(x)) > 1e-3
+            assert relative_error(model.merge_and_unload()(x), y) < 1e-5
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @for_tied_architectures
