@@ -63,8 +63,8 @@ def warn_of_unreached_weights(model: nn.Module, target_modules: set[str] | str |
         return
     if isinstance(target_modules, str):
         return
-    names = [f".{name}" for name, _ in model.named_modules()]
-    unmatched = sorted(target for target in target_modules if not any(name.endswith(f".{target}") for name in names))
+    paths = [name.split(".") for name, _ in model.named_modules()]
+    unmatched = sorted(set(target_modules) - {".".join(path[i:]) for path in paths for i in range(len(path))})
     if unmatched:
         hint = f" Expert weights that are not in linear layers cannot be rotated: {', '.join(experts)}."
         warnings.warn(
