@@ -5,10 +5,11 @@
     python examples/pretrain.py --method adamw --output_dir adamw
     accelerate launch examples/pretrain.py --dataset allenai/c4 --dataset_config en --streaming --model_config 60m \\
         --vocab_size 32000 --per_device_train_batch_size 128 --max_steps 100000 --bf16
+    python examples/pretrain.py --push_to_hub --hub_model_id user/name   # nothing is uploaded without --push_to_hub
 
 Without flags it needs neither network nor data: it reads the source of the Python standard library that it runs on,
 without its tests and its generated tables, and holds out 5 % of the files. All `TrainingArguments` flags work.
-`output_dir` receives a plain transformers checkpoint, `metrics.json` and `loss.png`.
+`output_dir` receives a plain transformers checkpoint, `metrics.json`, `loss.png` and, from POET, a model card.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ import matplotlib
 import peft
 import torch
 import transformers
+from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.hf_argparser import HfArg
@@ -35,6 +37,7 @@ from transformers.hf_argparser import HfArg
 import poet_peft
 from poet_peft import POETCallback, POETConfig, latest_checkpoint, poet_param_groups
 from poet_peft.initialization import initialize_base_weights
+from poet_peft.model_card import create_model_card, hardware, json_config
 
 
 # Hidden size, intermediate size, layers, heads: the Llamas of the POET paper, and GaLore's 20m. Their names count a
@@ -90,6 +93,7 @@ class TrainArguments(transformers.TrainingArguments):
     eval_on_start: bool = True
     save_strategy: str = "no"
     report_to: str = "none"
+    hub_strategy: str = HfArg(default="end", help="only end: the plain model is uploaded once it is whole")
     use_cpu: bool = not torch.accelerator.is_available()  # what torchrun needs on CPUs
     dataloader_pin_memory: bool = torch.accelerator.is_available()
     include_num_input_tokens_seen: str = "all"
@@ -109,6 +113,12 @@ def parse_arguments():
         raise ValueError(f"--dataset {args.dataset} and --text_files were both given: choose one")
     if args.vocab_size < 257:
         raise ValueError(f"--vocab_size {args.vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
+    if train_args.push_to_hub and args.method != "poet":
+        raise ValueError(f"--push_to_hub needs --method poet: there is no model card for --method {args.method}")
+    if train_args.push_to_hub and train_args.hub_strategy != "end":
+        raise ValueError(
+            f"--hub_strategy {train_args.hub_strategy} would mix adapter files with the plain model: use end"
+        )
     if train_args.lr_scheduler_type == "cosine_with_min_lr" and not train_args.lr_scheduler_kwargs:
         train_args.lr_scheduler_kwargs = {"min_lr_rate": 0.01}
     return args, train_args
@@ -228,6 +238,35 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def describe(args, metrics):
+    """What the model card needs to know beside what was measured; see poet_peft/model_card.py."""
+    if args.dataset:
+        source = f"Column `{args.text_column}` of the Hub's data set `{args.dataset}`."
+        data = {"name": args.dataset, "id": args.dataset, "config": args.dataset_config, "split": "train"}
+        chosen = "5 % of the rows, chosen by a hash of their text"
+    elif args.text_files:
+        names = sorted({Path(path).name for path in args.text_files})
+        data, source = {"name": f"{len(set(args.text_files))} text files"}, f"Local files: {', '.join(names)}."
+        chosen = "5 % of the text: whole files, or the end of each one if they are fewer than 20"
+    else:
+        data = {"name": "Python standard library"}
+        source = f"Source code of CPython {metrics['versions']['python']}, without its tests and its generated tables."
+        chosen = "5 % of the files, chosen by a hash of their names"
+    held_out = data | {"split": "held out", "source": f"{source} Held out of training: {chosen}."}
+    size = f"{metrics['eval_tokens']:,} tokens"
+    per_parameter = metrics["train_tokens"] / metrics["parameters"]["model"]
+    return {
+        "task": "text-generation",
+        "base_model": None,
+        "data": data | {"source": source},
+        "evaluation": [
+            {"metric": metric, "name": name, "value": metrics[f"eval_{metric}"], "data": held_out, "size": size}
+            for metric, name in (("loss", "Cross-entropy (nats per token)"), ("perplexity", "Perplexity"))
+        ],
+        "limits": [f"Trained on {per_parameter:.2g} tokens per parameter. Compute-optimal training takes about 20."],
+    }
+
+
 def plot(log, final_loss, title, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -262,6 +301,7 @@ def main():
     num_total = model.num_parameters()
     num_rest = num_total - sum(p.numel() for p in linear_weights(model))
     lr, decay = train_args.learning_rate, train_args.weight_decay
+    method_config = None
     if args.method == "poet":
         config = POETConfig.for_pretraining(
             variant=args.variant,
@@ -270,6 +310,7 @@ def main():
             base_init=args.base_init,
             seed=train_args.seed,
         )
+        method_config = json_config(config)
         model = peft.get_peft_model(model, config)
         groups = poet_param_groups(model, lr=lr, poet_lr=args.poet_lr, weight_decay=decay)
     else:
@@ -323,10 +364,15 @@ def main():
         "seconds": time.perf_counter() - start,
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, poet_peft)}
         | {"python": platform.python_version()},
+        "hardware": hardware(),
+        "config": method_config,
         "settings": asdict(args) | train_args.to_sanitized_dict(),
         "log": trainer.state.log_history,
     }
+    metrics |= describe(args, metrics)
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    if args.method == "poet":
+        create_model_card(metrics, trainer.hub_model_id or str(output_dir), "merged").save(output_dir / "README.md")
     title = f"{args.method}, {num_total / 1e6:.1f}M parameters, {num_trained / 1e6:.1f}M trained"
     plot(trainer.state.log_history, loss, title, output_dir / "loss.png")
 
@@ -342,6 +388,15 @@ parameters    {num_total:,}, trained {num_trained:,}, of them in the linear laye
 training      {metrics["train_tokens"]:,} tokens, {metrics["seconds"]:.0f} s in all, peak memory {memory:,.0f} MB
 validation    loss {loss:.4f}, perplexity {math.exp(loss):.2f} on {metrics["eval_tokens"]:,} held-out tokens
 written to    {output_dir}""")
+    if train_args.push_to_hub:
+        commit = HfApi(token=train_args.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=output_dir,
+            commit_message="Pretrained with POET",
+            revision=train_args.hub_revision,
+            ignore_patterns=["checkpoint-*"],
+        )
+        print(f"uploaded to   {commit.repo_url}")
 
 
 if __name__ == "__main__":

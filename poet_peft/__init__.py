@@ -8,6 +8,7 @@ from .config import POETConfig
 from .errors import POETCheckpointError, POETMergeError, POETReferenceError
 from .merging import MergeReport, merge_and_reinitialize
 from .model import POETModel
+from .model_card import create_model_card, set_model_card
 from .optim import poet_param_groups
 from .registration import register
 from .resume import latest_checkpoint, verify_checkpoint
@@ -23,9 +24,11 @@ __all__ = [
     "POETMergeError",
     "POETModel",
     "POETReferenceError",
+    "create_model_card",
     "latest_checkpoint",
     "merge_and_reinitialize",
     "poet_param_groups",
+    "set_model_card",
     "verify_checkpoint",
 ]
 

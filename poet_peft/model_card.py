@@ -166,9 +166,7 @@ def create_model_card(
         snippet=_snippet(metrics, repo_id, kind),
         measured=_measured(metrics, kind),
         hyperparameters=_hyperparameters(metrics["settings"]),
-        method_settings={
-            key: _text(metrics["config"].get(key)) for key in METHOD_SETTINGS if metrics["config"].get(key)
-        },
+        method_settings=_shown(metrics["config"], METHOD_SETTINGS),
         number=_number,
     )
 
@@ -269,7 +267,7 @@ def _snippet(metrics: Mapping[str, Any], repo_id: str, kind: str) -> str:
         labels = f", id2label={dict(enumerate(metrics['labels']))!r}" if classifies else ""
         base = json.dumps(metrics["base_model"])
         lines = [
-            "import poet_peft  # PEFT learns the name POET here: without this line loading fails with KeyError: 'POET'",
+            "import poet_peft  # teaches PEFT the name POET; without it loading fails with KeyError: 'POET'",
             "from peft import PeftModel",
             f"from transformers import {auto_class}, AutoTokenizer",
             "",
@@ -315,12 +313,12 @@ def _measured(metrics: Mapping[str, Any], kind: str) -> dict[str, str]:
 
 
 def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, str]:
-    shown = {key: settings[key] for key in HYPERPARAMETERS if settings.get(key) is not None}
-    if shown.get("max_steps", -1) < 0:  # Trainer's "not given"
-        shown.pop("max_steps", None)
-    else:
-        shown.pop("num_train_epochs", None)  # max_steps overrides it
-    return {key: _text(value) for key, value in shown.items()}
+    unused = "num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps"  # as Trainer decides
+    return _shown(settings, [key for key in HYPERPARAMETERS if key != unused])
+
+
+def _shown(settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    return {key: _text(settings[key]) for key in keys if settings.get(key) not in (None, [], {})}
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+import peft
+import tokenizers
 import torch
 from peft import get_peft_model
 from transformers import (
@@ -15,9 +17,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from poet_peft import POETConfig, poet_param_groups
+from poet_peft.model_card import json_config
 
 
 # Every way in which the operations and the checkpoint of a model may differ. 48 and 80 features: 16 divides both,
@@ -143,3 +147,40 @@ def assert_same_state(actual, expected):
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
+
+
+def tokenizer():
+    """A tokenizer of eleven words, for the tiny models."""
+    words = ["the", "of", "and", "a", "to", "in", "is", "it", "that", "for", "<pad>"]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+
+
+# What a fine-tuning run on made-up data would have written to its metrics.json.
+METRICS = {
+    "method": "poet",
+    "task": "text-generation",
+    "base_model": "someone/base",
+    "data": {"name": "Made-up words", "source": "Drawn at random.", "id": "someone/words", "split": "train"},
+    "config": json_config(POETConfig(target_modules="all-linear", block_size=16)),
+    "settings": {
+        "learning_rate": 0.0,
+        "poet_lr": 2e-4,
+        "max_steps": 3,
+        "num_train_epochs": 3.0,
+        "output_dir": "/secret",
+    },
+    "parameters": {"model": 123456, "trained": 7890},
+    "versions": {"torch": "2.0", "transformers": "5.0", "peft": peft.__version__, "poet_peft": "0.1"},
+    "evaluation": [
+        {
+            "metric": "accuracy",
+            "name": "Next-word accuracy",
+            "value": 0.8125,
+            "before": 0.25,
+            "size": "16 words",
+            "data": {"name": "Other words", "source": "Drawn later.", "id": "someone/others", "split": "test"},
+        }
+    ],
+}

@@ -1,0 +1,103 @@
+"""Pushes tiny models to the Hub that `HF_ENDPOINT` names, in stages that it announces there; see `tests/test_hub.py`.
+
+python tests/workers/hub_run.py DIRECTORY
+"""
+
+import copy
+import os
+import runpy
+import sys
+import urllib.request
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from models import METRICS, llama, logits, poet_config, tokenizer, tokens
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from poet_peft import create_model_card, poet_param_groups, set_model_card
+
+
+TESTS = Path(__file__).parents[1]
+directory = Path(sys.argv[1])
+base_dir = directory / "base"
+metrics = METRICS | {"base_model": str(base_dir)}
+
+
+def stage(name):
+    urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/mark/{name}")
+
+
+def save_base():
+    llama().save_pretrained(base_dir)
+    tokenizer().save_pretrained(base_dir)
+
+
+def adapter():
+    torch.manual_seed(0)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), poet_config())
+
+
+def make_trainer(name, **settings):
+    model = adapter()
+    data = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8)]
+    arguments = TrainingArguments(
+        output_dir=str(directory / name),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    optimizer = torch.optim.AdamW(poet_param_groups(model, lr=0.0, poet_lr=1e-3))
+    return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+
+
+def pretrain(name, *flags):
+    config = directory / "config.json"
+    config.write_text('{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}')
+    model = ["--model_config", str(config), "--vocab_size", "260", "--block_size", "8", "--merge_interval", "1"]
+    text = ["--text_files", __file__, str(TESTS / "fake_hub.py"), "--seq_length", "32", "--max_eval_sequences", "4"]
+    run = ["--max_steps", "2", "--disable_tqdm", "True", "--output_dir", str(directory / name), *flags]
+    sys.argv = ["pretrain.py", *model, *text, *run]
+    runpy.run_path(str(TESTS.parent / "examples" / "pretrain.py"), run_name="__main__")
+
+
+save_base()
+
+stage("defaults")
+make_trainer("kept-local", save_strategy="steps", save_steps=1).train()
+pretrain("pretrain-local")
+
+stage("adapter")
+model = adapter()
+model.save_pretrained(directory / "adapter")
+model.push_to_hub("someone/adapter")
+create_model_card(metrics, "someone/adapter", "adapter").push_to_hub("someone/adapter")
+
+stage("adapter-again")
+model.push_to_hub("someone/adapter")
+
+stage("load")
+loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), "someone/adapter")
+torch.save({"pushed": logits(model), "loaded": logits(loaded)}, directory / "logits.pt")
+
+stage("merged")
+merged = copy.deepcopy(model).merge_and_unload()
+merged.save_pretrained(directory / "merged")
+merged.push_to_hub("someone/merged")
+tokenizer().push_to_hub("someone/merged")
+create_model_card(metrics, "someone/merged", "merged").push_to_hub("someone/merged")
+
+stage("trainer")
+trainer = make_trainer("trained", push_to_hub=True, save_strategy="steps", save_steps=1)
+set_model_card(trainer, create_model_card(metrics, trainer.hub_model_id, "adapter"))
+trainer.train()
+trainer.push_to_hub()
+
+stage("pretrain")
+pretrain("pretrained", "--push_to_hub", "--hub_model_id", "someone/pretrained")
