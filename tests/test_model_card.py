@@ -1,0 +1,292 @@
+"""Model cards: what they say, what they refuse, and that the committed ones are what the command makes."""
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from models import METRICS, llama, poet_config, tokenizer, wrap
+from peft import get_peft_model
+from transformers import LlamaForSequenceClassification
+
+from poet_peft import create_model_card, set_model_card
+from poet_peft.model_card import json_config, main
+
+
+ROOT = Path(__file__).parents[1]
+CLASSIFIER = METRICS | {"task": "text-classification", "labels": ["bad", "good"]}
+FROM_SCRATCH = METRICS | {"base_model": None}
+MEASURED = {
+    "train_tokens": 1234567,
+    "train_seconds": 98.7,
+    "peak_memory_mb": 1081.09,
+    "hardware": "an abacus",
+    "adapter_bytes": 45678,
+}
+
+
+def card(metrics=METRICS, kind="adapter", repo_id="someone/model", **kwargs):
+    """The card as a reader of the file gets it."""
+    return ModelCard(str(create_model_card(metrics, repo_id, kind, **kwargs)))
+
+
+def without(path):
+    metrics = copy.deepcopy(METRICS)
+    *parents, key = re.findall(r"\w+", path)
+    values = metrics
+    for parent in parents:
+        values = values[int(parent) if parent.isdigit() else parent]
+    del values[key]
+    return metrics
+
+
+def rows(text, heading):
+    """The tables of a section, {first cell: the other cells}."""
+    section = re.split(r"^##+ ", text.split(f"# {heading}\n")[1], flags=re.MULTILINE)[0]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    return {first: others for first, *others in cells}
+
+
+def test_metadata_of_an_adapter():
+    data = card(license="mit", language="en").data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("someone/base", "peft", "text-generation")
+    assert (data.datasets, data.license, data.language) == (["someone/words"], "mit", "en")
+    assert "poet" in data.tags
+
+
+def test_metadata_of_a_merged_model():
+    assert card(kind="merged").data.library_name == "transformers"
+
+
+def test_model_index_round_trip():
+    index = yaml.safe_load(card().content.split("---")[1])["model-index"]
+    name, (result,) = model_index_to_eval_results(index)
+    assert name == "model"
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.8125)
+    assert (result.dataset_type, result.dataset_name, result.dataset_split) == (
+        "someone/others",
+        "Other words",
+        "test",
+    )
+
+
+def test_metadata_states_neither_licence_nor_language_on_its_own():
+    assert card().data.license is None and card().data.language is None
+
+
+def test_data_without_a_hub_id_is_not_linked():
+    metrics = without("data.id")
+    del metrics["evaluation"][0]["data"]["id"]
+    data = card(metrics).data
+    assert data.datasets is None
+    assert data.eval_results[0].dataset_type == "other-words"
+
+
+def test_evaluation_table():
+    assert rows(card().text, "Evaluation")["Next-word accuracy"] == ["0.8125", "0.25", "Other words, test", "16 words"]
+
+
+def test_evaluation_table_has_no_column_for_what_was_not_measured():
+    assert rows(card(without("evaluation[0].before")).text, "Evaluation")["metric"] == ["value", "data", "size"]
+
+
+def test_training_table():
+    table = rows(card(METRICS | MEASURED).text, "Training")
+    assert table["parameters"] == ["123,456"] and table["trained"] == ["7,890"]
+    assert table["training tokens"] == ["1,234,567"] and table["training time"] == ["99 s"]
+    assert table["peak memory"] == ["1,081 MB"] and table["adapter file"] == ["45,678 bytes"]
+
+
+@pytest.mark.parametrize("value", [None, math.nan], ids=str)
+def test_what_was_not_measured_is_said(value):
+    assert rows(card(METRICS | {"peak_memory_mb": value}).text, "Training")["peak memory"] == ["not measured"]
+
+
+def test_hyperparameters_are_those_that_a_reader_needs():
+    table = rows(card().text, "Hyperparameters")
+    assert table["poet_lr"] == ["0.0002"] and table["learning_rate"] == ["0.0"]
+    assert "/secret" not in card().content
+
+
+@pytest.mark.parametrize(("max_steps", "shown"), [(3, "max_steps"), (-1, "num_train_epochs")])
+def test_only_the_training_length_that_counted_is_shown(max_steps, shown):
+    metrics = METRICS | {"settings": METRICS["settings"] | {"max_steps": max_steps}}
+    assert {"max_steps", "num_train_epochs"} & set(rows(card(metrics).text, "Hyperparameters")) == {shown}
+
+
+def test_configuration_is_shown():
+    table = rows(card().text, "POETConfig")
+    assert table["block_size"] == ["16"] and table["target_modules"] == ["all-linear"]
+
+
+def test_json_config_sorts_sets():
+    assert json_config(poet_config(target_modules=["b", "c", "a"]))["target_modules"] == ["a", "b", "c"]
+
+
+def test_limits_of_the_run_come_first():
+    limits = card(METRICS | {"limits": ["Knows eleven words."]}).text.split("## Limits\n\n")[1]
+    assert limits.startswith("- Knows eleven words.\n- Evaluated on")
+
+
+def test_card_of_an_adapter_whose_weights_changed_says_so():
+    changed = METRICS | {"config": METRICS["config"] | {"merge_interval": 4}}
+    assert "training changed them" in card(changed).text and "training changed them" not in card().text
+
+
+def test_versions_are_listed():
+    assert "- torch 2.0\n" in card().text and "- poet_peft 0.1" in card().text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "task",
+        "base_model",
+        "data.source",
+        "config",
+        "settings",
+        "parameters.trained",
+        "versions.torch",
+        "evaluation",
+        "evaluation[0].value",
+        "evaluation[0].data.name",
+    ],
+)
+def test_missing_key_is_named(path):
+    with pytest.raises(ValueError, match=f"no '{re.escape(path)}': write "):
+        card(without(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "adamw"}, "method='adamw'"),
+        ({"task": "image-classification"}, "task='image-classification'"),
+        ({"task": "text-classification"}, "no 'labels'"),
+        ({"config": {"peft_type": "LORA"}}, "peft_type='LORA'"),
+        ({"base_model": None}, "kind='merged'"),
+        ({"evaluation": []}, "evaluation is empty"),
+        ({"evaluation": [METRICS["evaluation"][0] | {"value": math.nan}]}, r"evaluation\[0\].value=nan"),
+    ],
+    ids=str,
+)
+def test_metrics_that_no_card_can_be_made_of_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        card(METRICS | change)
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind='lora'"):
+        card(kind="lora")
+
+
+def test_a_model_from_random_weights_has_no_base_model():
+    made = card(FROM_SCRATCH, "merged")
+    assert made.data.base_model is None
+    assert "from random weights" in made.text and "None" not in made.text
+
+
+def snippet(text):
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def run_as_written(code, capsys):
+    exec(compile(code, "<snippet>", "exec"), {})
+    return capsys.readouterr().out.strip()
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base model on disk, with its tokenizer."""
+    llama().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_snippet_of_an_adapter_starts_with_the_import():
+    assert snippet(card().text).startswith("import poet_peft")
+
+
+def test_snippet_of_an_adapter_runs_as_written(base, tmp_path, capsys):
+    wrap(llama()).save_pretrained(tmp_path / "adapter")
+    text = card(METRICS | {"base_model": str(base)}, repo_id=str(tmp_path / "adapter")).text
+    assert run_as_written(snippet(text), capsys)
+
+
+def test_snippet_of_a_merged_model_does_not_mention_the_package():
+    assert not re.search(r"\b(poet_)?peft", snippet(card(kind="merged").text))
+
+
+def test_snippet_of_a_merged_model_runs_as_written(base, capsys):
+    assert run_as_written(snippet(card(kind="merged", repo_id=str(base)).text), capsys)
+
+
+def test_snippet_feeds_the_example_input():
+    made = card(METRICS | {"example_input": 'to "a" \n'})
+    assert r'tokenizer("to \"a\" \n", return_tensors="pt")' in snippet(made.text)
+
+
+def test_snippet_of_a_classifier_prints_a_label(base, tmp_path, capsys):
+    torch.manual_seed(0)
+    classifier = LlamaForSequenceClassification.from_pretrained(base, num_labels=2)
+    get_peft_model(classifier, poet_config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    text = card(CLASSIFIER | {"base_model": str(base)}, repo_id=str(tmp_path / "adapter")).text
+    assert run_as_written(snippet(text), capsys) in ("bad", "good")
+
+
+def test_saving_the_model_again_keeps_the_text(tmp_path):
+    made = create_model_card(METRICS, "someone/model", "adapter")
+    made.save(tmp_path / "README.md")
+    wrap(llama()).save_pretrained(tmp_path)
+    kept = ModelCard.load(tmp_path / "README.md")
+    assert kept.text.strip() == made.text.strip()
+    assert kept.data.eval_results == made.data.eval_results
+
+
+def test_saving_the_card_after_the_model_keeps_all_of_it(tmp_path):
+    wrap(llama()).save_pretrained(tmp_path)
+    create_model_card(METRICS, "someone/model", "adapter").save(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").content == card().content
+
+
+class FakeTrainer:
+    """The two attributes of a Trainer that `set_model_card` reads."""
+
+    def __init__(self, output_dir, is_main):
+        self.args = type("Arguments", (), {"output_dir": str(output_dir)})
+        self.is_world_process_zero = lambda: is_main
+
+
+def test_trainer_adds_its_tags_to_the_card(tmp_path):
+    trainer = FakeTrainer(tmp_path, is_main=True)
+    set_model_card(trainer, create_model_card(METRICS, "someone/model", "adapter"))
+    trainer.create_model_card(model_name="model", tags=["trl", "poet"])
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["poet", "poet-peft", "trl"]
+
+
+def test_only_the_main_process_writes_the_card(tmp_path):
+    trainer = FakeTrainer(tmp_path, is_main=False)
+    set_model_card(trainer, create_model_card(METRICS, "someone/model", "adapter"))
+    trainer.create_model_card(model_name="model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_writes_the_card(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    arguments = ["--kind", "adapter", "--repo_id", "someone/model", "--out", str(tmp_path / "README.md")]
+    main([str(tmp_path / "metrics.json"), *arguments])
+    assert (tmp_path / "README.md").read_text() == card().content
+
+
+def test_committed_cards_are_what_the_results_say():
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
