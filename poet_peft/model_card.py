@@ -31,7 +31,6 @@ Optional:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -128,7 +127,8 @@ def create_model_card(
 ) -> ModelCard:
     """The model card of a run: what it trained, on what, how, with which result, and a snippet that loads it.
 
-    `card.save(path)` and `card.push_to_hub(repo_id)` are huggingface_hub's. Save the card after the model:
+    `card.save(path)` and `card.push_to_hub(repo_id)` are huggingface_hub's; `PeftModel.push_to_hub` keeps a card that
+    is already there, `Trainer.push_to_hub` only after `set_model_card`. Save the card after the model:
     PEFT's `save_pretrained` keeps the text of a card that it finds, but replaces its tags.
 
     Args:
@@ -174,9 +174,9 @@ def create_model_card(
 def set_model_card(trainer: Trainer, card: ModelCard) -> None:
     """Let `trainer.push_to_hub()` upload `card`. Without this it writes a draft of its own over README.md."""
 
-    def create_model_card(model_name: str | None = None, tags: str | Iterable[str] = ()) -> None:
+    def create_model_card(model_name: str | None = None, tags: str | Iterable[str] | None = None) -> None:
         if trainer.is_world_process_zero():
-            more = [tags] if isinstance(tags, str) else tags
+            more = [tags] if isinstance(tags, str) else tags or []
             card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *more]))
             card.save(Path(trainer.args.output_dir) / "README.md")
 
@@ -330,25 +330,9 @@ def _is_missing(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", r"\|")  # ends a table's cell otherwise, as in a regular expression of module names
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m poet_peft.model_card", description="Write a run's model card.")
-    parser.add_argument("metrics", type=Path, help="the metrics.json that the run wrote")
-    parser.add_argument("--repo_id", required=True, help="where the model will be: user/name, or a directory")
-    parser.add_argument("--kind", required=True, choices=KINDS)
-    parser.add_argument("--out", type=Path, required=True, help="the README.md to write")
-    parser.add_argument("--license")
-    parser.add_argument("--language")
-    args = parser.parse_args(argv)
-    metrics = json.loads(args.metrics.read_text("utf-8"))
-    create_model_card(metrics, args.repo_id, args.kind, args.license, args.language).save(args.out)
-
-
-if __name__ == "__main__":
-    main()

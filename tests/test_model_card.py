@@ -1,7 +1,6 @@
 """Model cards: what they say, what they refuse, and that the committed ones are what the command makes."""
 
 import copy
-import json
 import math
 import re
 import runpy
@@ -18,7 +17,7 @@ from peft import get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from poet_peft import create_model_card, set_model_card
-from poet_peft.model_card import json_config, main
+from poet_peft.model_card import json_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +124,11 @@ def test_only_the_training_length_that_counted_is_shown(max_steps, shown):
 def test_configuration_is_shown():
     table = rows(card().text, "POETConfig")
     assert table["block_size"] == ["16"] and table["target_modules"] == ["all-linear"]
+
+
+def test_a_regular_expression_stays_in_its_cell():
+    metrics = METRICS | {"config": METRICS["config"] | {"target_modules": ".*(q|v)_proj"}}
+    assert r"| `target_modules` | `.*(q\|v)_proj` |" in card(metrics).text
 
 
 def test_json_config_sorts_sets():
@@ -277,13 +281,6 @@ def test_only_the_main_process_writes_the_card(tmp_path):
     set_model_card(trainer, create_model_card(METRICS, "someone/model", "adapter"))
     trainer.create_model_card(model_name="model")
     assert not list(tmp_path.iterdir())
-
-
-def test_command_writes_the_card(tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
-    arguments = ["--kind", "adapter", "--repo_id", "someone/model", "--out", str(tmp_path / "README.md")]
-    main([str(tmp_path / "metrics.json"), *arguments])
-    assert (tmp_path / "README.md").read_text() == card().content
 
 
 def test_committed_cards_are_what_the_results_say(monkeypatch):
