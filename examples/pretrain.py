@@ -117,7 +117,7 @@ def parse_arguments():
         raise ValueError(f"--push_to_hub needs --method poet: there is no model card for --method {args.method}")
     if train_args.push_to_hub and train_args.hub_strategy != "end":
         raise ValueError(
-            f"--hub_strategy {train_args.hub_strategy} would mix adapter files with the plain model: use end"
+            f"--hub_strategy {train_args.hub_strategy.value} would mix adapter files with the plain model: use end"
         )
     if train_args.lr_scheduler_type == "cosine_with_min_lr" and not train_args.lr_scheduler_kwargs:
         train_args.lr_scheduler_kwargs = {"min_lr_rate": 0.01}

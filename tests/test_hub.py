@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 
 
 WORKER = Path(__file__).parent / "workers" / "hub_run.py"
+PRETRAIN = Path(__file__).parents[1] / "examples" / "pretrain.py"
 CARD = "README.md"
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 PLAIN = {"config.json", "generation_config.json", "model.safetensors"}
@@ -125,6 +127,13 @@ def test_the_pretraining_example_uploads_its_own_evaluation(hub):
     metrics = json.loads(hub.repos["someone/pretrained"]["metrics.json"])
     results = {result.metric_type: result.metric_value for result in card(hub, "someone/pretrained").data.eval_results}
     assert results == {"loss": metrics["eval_loss"], "perplexity": metrics["eval_perplexity"]}
+
+
+@pytest.mark.parametrize("flag", ["--method adamw", "--hub_strategy every_save"])
+def test_the_pretraining_example_refuses_uploads_without_a_card_or_of_parts(flag, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--push_to_hub", *flag.split()])
+    with pytest.raises(ValueError, match=flag):
+        runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 
 def test_the_snippet_of_an_adapter_card_runs_as_written(hub):
