@@ -3,13 +3,14 @@
 - `block_outer`: the gradient of a rotation's blocks from activations, gathers included. torch gathers both operands
   into copies of the activations first.
 - `cayley_neumann_offset`: the map from parameters to `G - I`, two launches forward and two backward. torch scatters,
-  transposes, multiplies and adds in about ten each.
+  transposes, multiplies and adds in about fifteen each.
 
 Left to torch: matrix products with a dense weight, the sum over partial results, and maps of blocks above 512, where
-cuBLAS multiplies faster than a kernel saves.
+products are most of the time.
 
 Triton is an optional extra, imported by the first kernel call. Kernels run on CUDA devices, and on any device through
-Triton's interpreter if `TRITON_INTERPRET=1` is set before that call, to test them.
+Triton's interpreter if `TRITON_INTERPRET=1` is set before that call, to test them. They are tested through the
+interpreter, and compiled for Ampere and Hopper; no GPU has run them yet. `benchmarks/gpu.py` checks and times them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LARGEST_MAP = 512
 @torch.compiler.assume_constant_result
 def is_available(device: torch.device | str = "cuda") -> bool:
     """Whether the kernels can run on tensors of a device: Triton is installed, and the device is an NVIDIA GPU from
-    Ampere on (or an AMD GPU), or Triton interprets. Imports nothing."""
+    Ampere on, or Triton interprets. Imports nothing."""
     if not _INSTALLED:
         return False
     return _interprets() or (torch.device(device).type == "cuda" and torch.cuda.is_available() and _is_recent(device))
@@ -228,7 +229,7 @@ def _interprets() -> bool:
 
 @functools.cache
 def _is_recent(device: torch.device | str) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device:
