@@ -1,0 +1,1 @@
+"""What the benchmark commands share: timing, memory, methods, formulas, result files."""

@@ -1,0 +1,78 @@
+"""Time and memory of whole training steps of a Llama, by method.
+
+    python benchmarks/model.py                          # Llama-60M, batch 8 x 256, about eight minutes on two cores
+    python benchmarks/model.py --model 20m --micro-batches 1
+    python benchmarks/model.py --device cuda --dtype bfloat16 --model 130m --batch-size 32
+
+Random weights and random tokens. Each method has a model of its own; all are in one process, and their steps are
+interleaved. A step is `--micro-batches` times forward and backward, and the optimizer's step. With `--rest train`, as
+in pretraining, embeddings, norms and the output head train in every method; with `--rest freeze` in none.
+"""
+
+import time
+
+from harness import flags
+from harness.llama import MERGE_INTERVAL, PRESETS, LlamaContender
+from harness.methods import check_method, is_poet
+from harness.results import ResultFile, start
+from harness.timing import Budget, interleave, summarize
+
+
+METHODS = "full,lora-64,oft-64,poet-64,poet-128,poet-256,poet-fs-1/2,poet-128-efficient"
+QUICK = {
+    "model": "tiny",
+    "vocab_size": 64,
+    "batch_size": 2,
+    "seq_length": 8,
+    "micro_batches": [1, 2],
+    "methods": ["full", "lora-4", "oft-16", "poet-16", "poet-fs-1/2", "poet-16-efficient"],
+}
+
+
+def add_flags(parser):
+    parser.add_argument("--model", choices=list(PRESETS), default="60m")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batches", type=flags.integers, default=[1, 8], help="per optimizer step")
+    parser.add_argument("--methods", type=flags.names, default=flags.names(METHODS))
+    parser.add_argument("--rest", choices=["train", "freeze"], default="train")
+    parser.add_argument("--num-folds", type=int, default=3, help="of which the time is taken")
+
+
+def main():
+    args = flags.parse(__doc__, add_flags, QUICK, budget=480)
+    if "full" not in args.methods:
+        raise ValueError(f"--methods {','.join(args.methods)}: full is what the others are compared with")
+    for method in args.methods:
+        check_method(method)
+    began = time.perf_counter()
+    name = f"model-{args.model}" + ("" if args.rest == "train" else "-frozen-rest")
+    file = ResultFile(args, "model", f"{name}-{args.device}", start(args))
+    file.content["merge_interval"] = MERGE_INTERVAL
+    contenders, memory = {}, {}
+    for method in args.methods:
+        contenders[method] = LlamaContender(method, PRESETS[args.model], args)
+        memory[method] = contenders[method].memory() | contenders[method].describe()
+        print(f"{method}: peak {memory[method]['peak'] / 1e6:,.0f} MB", flush=True)
+    file.content["memory"] = memory
+    file.content["folds"] = {
+        method: contender.folds(args.num_folds) for method, contender in contenders.items() if is_poet(method)
+    }
+    file.write()
+
+    # A round of many micro-batches takes as much longer; the time is divided so that all have as many rounds.
+    budget = Budget(args.budget - (time.perf_counter() - began), sum(n + 1 for n in args.micro_batches))
+    for num_micro_batches in sorted(args.micro_batches):
+        seconds = sum(budget.share() for _ in range(num_micro_batches + 1))
+        tasks = {m: lambda c=contender, n=num_micro_batches: c.run(n) for m, contender in contenders.items()}
+        rounds = interleave(tasks, seconds, args.min_rounds, args.max_rounds, args.seed)
+        timings = summarize(rounds, baseline="full")
+        file.add({"micro_batches": num_micro_batches, "rounds": len(rounds), "timings": timings})
+        print(f"{num_micro_batches} micro-batches ({len(rounds)} rounds):", end=" ")
+        print(", ".join(f"{m} {timings[f'{m} step']['ratio']['median']:.2f}" for m in contenders), flush=True)
+    print(f"written to {file.path}")
+
+
+if __name__ == "__main__":
+    main()
