@@ -12,10 +12,10 @@ from poet_peft import create_model_card
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "model_cards"
+RESULTS, CARDS = ROOT / "benchmarks" / "results" / "pretrain", ROOT / "model_cards"
 SHOWN = {
     "pretrain-poet-42": ("pretrain-output", "merged")
-}  # results/NAME.json: where the run wrote its model, and what
+}  # results/pretrain/NAME.json: where the run wrote its model, and what
 
 
 def main():

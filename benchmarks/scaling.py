@@ -5,7 +5,8 @@
 
 One quantity is swept at a time. Tokens, width and block size belong to one square layer, depth to a Llama. The
 exponents are slopes of straight lines fitted to the upper half of each sweep, in logarithms; beside them stand those
-of the formulas in `harness/formulas.py`, evaluated at the same points.
+of the formulas in `harness/formulas.py`, evaluated at the same points. Memory is what lives between forward and
+backward. For a Llama the formulas count the linear layers, the head and the embedding, and no attention.
 """
 
 from harness import flags, formulas
@@ -45,11 +46,16 @@ def add_flags(parser):
     parser.add_argument("--seq-length", type=int, default=256)
 
 
+def held(memory):
+    """Bytes that live between forward and backward, at the end of an accumulation."""
+    return sum(memory[name] for name in ("weights", "optimizer", "gradients", "caches", "activations"))
+
+
 def layer_point(args, num_tokens, width, block_size, seconds):
     """One measurement of a square layer: the full one and POET, and what the formulas say."""
     poet = f"poet-{block_size}"
     contenders = {m: LayerContender(m, (width, width), num_tokens, args) for m in ("full", poet, f"{poet}-efficient")}
-    memory = {method: contender.memory()["peak"] for method, contender in contenders.items()}
+    memory = {method: held(contender.memory()) for method, contender in contenders.items()}
     tasks = {method: contender.run for method, contender in contenders.items()}
     rounds = interleave(tasks, seconds, args.min_rounds, args.max_rounds, args.seed)
     timings = summarize(rounds, baseline="full")
@@ -81,7 +87,7 @@ def depth_point(args, depth, seconds):
     sizes = hidden, hidden * 11 // 4, depth, max(1, hidden // 64)
     methods = {"full": "full", "POET": f"poet-{b}"}
     contenders = {name: LlamaContender(method, sizes, args) for name, method in methods.items()}
-    memory = {name: contender.memory()["peak"] for name, contender in contenders.items()}
+    memory = {name: held(contender.memory()) for name, contender in contenders.items()}
     tasks = {name: lambda c=contender: {"": c.run(1)["step"]} for name, contender in contenders.items()}
     rounds = interleave(tasks, seconds, args.min_rounds, args.max_rounds, args.seed)
     N = args.batch_size * args.seq_length
@@ -103,8 +109,8 @@ def depth_point(args, depth, seconds):
 
 
 def _embedding_and_head(N, vocab_size, hidden_size):
-    """Both trained in full, and the logits with their logarithms and gradient."""
-    return 2 * formulas.full_memory(0, vocab_size, hidden_size) + 3 * N * vocab_size
+    """Both trained in full, with the head's input and the logarithms of its probabilities."""
+    return 2 * formulas.full_memory(0, vocab_size, hidden_size) + N * (hidden_size + vocab_size)
 
 
 def sweeps(args):

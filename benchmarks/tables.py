@@ -1,132 +1,85 @@
-"""Writes the results section of README.md from benchmarks/results/.
+"""Writes what the READMEs say about results, and the plots, from benchmarks/results/.
 
-python benchmarks/tables.py --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/NAME.json
-python benchmarks/tables.py                       # rewrite README.md
-python benchmarks/tables.py --check               # fail if README.md is not what the results say
+python benchmarks/tables.py --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
+python benchmarks/tables.py                       # rewrite README.md, benchmarks/README.md and benchmarks/plots/
+python benchmarks/tables.py --check               # fail if one of them is not what the results say
 """
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
-
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-MARKERS = "<!-- results:begin -->", "<!-- results:end -->"
-KEPT_SETTINGS = [
-    "method",
-    "base_init",
-    "variant",
-    "block_size",
-    "merge_interval",
-    "poet_lr",
-    "matrix_lr",
-    "model_config",
-    "vocab_size",
-    "seq_length",
-    "learning_rate",
-    "max_steps",
-    "per_device_train_batch_size",
-    "weight_decay",
-    "max_grad_norm",
-    "lr_scheduler_type",
-    "seed",
-]
+from report import layer, model, plots, pretrain, scaling
 
 
-def keep(name, run_dir):
-    """Everything but the log and settings that say nothing about the result, such as directories."""
-    metrics = json.loads((Path(run_dir) / "metrics.json").read_text())
-    del metrics["log"]
-    metrics["settings"] = {key: metrics["settings"][key] for key in KEPT_SETTINGS}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=1) + "\n")
+BENCHMARKS = Path(__file__).parent
+SECTIONS = {"layer": layer, "model": model, "scaling": scaling}
 
 
-def runs_by_setting(prefix):
-    """Runs by method and learning rates: {(method, poet_lr, matrix_lr, block_size, lr): [metrics, one a seed]}."""
-    runs = {}
-    for path in sorted(RESULTS.glob(f"{prefix}-*.json")):
-        metrics = json.loads(path.read_text())
-        settings = metrics["settings"]
-        names = "method", "poet_lr", "matrix_lr", "block_size", "learning_rate"
-        runs.setdefault(tuple(settings[name] for name in names), []).append(metrics)
-    return dict(sorted(runs.items(), key=lambda item: mean_loss(item[1])))
+def results(command, directory):
+    """The result files of a command, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob(f"{command}-*.json"))}
 
 
-def mean_loss(runs):
-    return statistics.mean(run["eval_loss"] for run in runs)
+def section(command, directory):
+    module = SECTIONS[command]
+    found = results(command, directory)
+    if not found:
+        return f"Not measured yet: run `{module.COMMAND}`.\n"
+    return "\n\n".join(f"### `{name}.json`\n\n{module.section(result)}" for name, result in found.items()) + "\n"
 
 
-def label(method, poet_lr, matrix_lr, block_size):
-    if method == "adamw":
-        return f"AdamW, `--matrix_lr {matrix_lr:g}`"
-    if poet_lr == 0:
-        return "linear layers frozen, `--poet_lr 0`"
-    return f"POET, b = {block_size:g}, `--poet_lr {poet_lr:g}`"
+def filled_in(text, sections):
+    """The text with every section between its markers."""
+    for name, content in sections.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        text, count = re.subn(
+            f"{begin}.*{end}", lambda _, c=content, b=begin, e=end: f"{b}\n{c}{e}", text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"expected {begin} ... {end} once, found it {count} times")
+    return text
 
 
-def loss_text(runs):
-    spread = f" ± {statistics.stdev(run['eval_loss'] for run in runs):.3f}" if len(runs) > 1 else ""
-    return f"{mean_loss(runs):.3f}{spread}"
+def pages(benchmarks):
+    """The text that each README should have, by path."""
+    texts = {
+        BENCHMARKS.parent / "README.md": {"results": pretrain.section()},
+        benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS},
+    }
+    return {path: filled_in(path.read_text(), sections) for path, sections in texts.items()}
 
 
-def table(runs):
-    lines = [
-        "| method | `--learning_rate` | validation loss | seeds | trained in linear layers |",
-        "|---|---|---|---|---|",
-    ]
-    for (*setting, lr), group in runs.items():
-        frozen = setting[1] == 0
-        trained = 0 if frozen else group[0]["parameters"]["trained_in_linear_layers"]
-        lines.append(f"| {label(*setting)} | {lr:g} | {loss_text(group)} | {len(group)} | {trained:,} |")
-    return "\n".join(lines)
+def plotted(benchmarks):
+    """The result that each plot should show, by path."""
+    return {
+        benchmarks / "plots" / module.plot_name(result): result
+        for command, module in SECTIONS.items()
+        for result in results(command, benchmarks / "results").values()
+    }
 
 
-def section():
-    final, tuning = runs_by_setting("pretrain"), runs_by_setting("tuning")
-    first = next(iter(final.values()))[0]
-    settings = first["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    printed = (RESULTS / "pretrain-default.txt").read_text().strip()
-    trial = next(iter(tuning.values()))[0]
-    return f"""## What the pretraining example gives
+def outdated(benchmarks):
+    texts = [path for path, text in pages(benchmarks).items() if path.read_text() != text]
+    return texts + [path for path, result in plotted(benchmarks).items() if not plots.is_current(path, result)]
 
-`examples/pretrain.py`, its `--method adamw` and its control, all from the same initial weights
-(`{settings["base_init"]}`), on the same data and schedule: {first["parameters"]["model"] / 1e6:.1f}M parameters,
-{first["train_tokens"] / 1e6:.2f}M tokens of Python source, loss on {first["eval_tokens"]:,} tokens of held-out files.
-Two CPU cores, fp32, {versions}.
-`±` is the standard deviation over seeds: a difference below it is none. This is a short run of a small model; it says
-that the example works, not which method wins at scale.
 
-{table(final)}
-
-What the default run printed at its end:
-
-```text
-{printed}
-```
-
-The learning rates were chosen by these runs of {trial["settings"]["max_steps"]} steps ({trial["eval_tokens"]:,}
-tokens of evaluation):
-
-{table(tuning)}
-"""
+def rewrite(benchmarks):
+    for path, text in pages(benchmarks).items():
+        path.write_text(text)
+    for path, result in plotted(benchmarks).items():
+        if not plots.is_current(path, result):
+            plots.draw(result, path)
 
 
 def main():
     if "--keep" in sys.argv:
-        return keep(*sys.argv[sys.argv.index("--keep") + 1 :])
-    begin, end = MARKERS
-    text = README.read_text()
-    generated = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{section()}{end}", text, flags=re.DOTALL)
-    if "--check" not in sys.argv:
-        README.write_text(generated)
-    elif generated != text:
-        sys.exit("README.md is not what the results say: run this without --check")
+        pretrain.keep(*sys.argv[sys.argv.index("--keep") + 1 :])
+    elif "--check" not in sys.argv:
+        rewrite(BENCHMARKS)
+    elif found := outdated(BENCHMARKS):
+        sys.exit(f"not what the results say: {', '.join(map(str, found))}. Run this without --check.")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def poet_flops(N, m, n, b, is_first=True):
 
 
 def full_memory(N, m, n):
-    """Numbers held in a training step: weight, gradient, two moments, the input kept for the backward."""
+    """Numbers held between forward and backward: weight, gradient, two moments, the input."""
     return 4 * m * n + N * n
 
 

@@ -68,20 +68,25 @@ def build_llama(method, sizes, vocab_size, seq_length, rest, device, dtype, seed
         config = adapter_config(
             method, "all-linear", POETConfig.for_pretraining, merge_interval=MERGE_INTERVAL, train_rest=rest, seed=seed
         )
-        model = get_peft_model(model, config)
+        model = _wrap(model, config)
         return model, adamw(poet_param_groups(model, lr=_LR, poet_lr=_LR))
     outside = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in targeted)]
     config = adapter_config(method, "all-linear")
     if config is not None:
-        with warnings.catch_warnings():
-            # PEFT takes the nearest block size where the one asked for does not divide; the results say which.
-            warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")
-            model = get_peft_model(model, config)
+        model = _wrap(model, config)
     for weight in targeted:
         weight.requires_grad_(method == "full")
     for parameter in outside:
         parameter.requires_grad_(rest)
     return model, adamw(trainable(model))
+
+
+def _wrap(model, config):
+    with warnings.catch_warnings():
+        # PEFT takes another block size where the one asked for does not divide; the results say which.
+        warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, config)
 
 
 class LlamaContender:

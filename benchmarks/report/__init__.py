@@ -1,0 +1,1 @@
+"""Sections of the READMEs, and plots, from the files in benchmarks/results/."""

@@ -1,0 +1,49 @@
+"""Markdown, and what every section says about its result file."""
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def ratio(quartiles, digits=2):
+    """Median and quartiles: 1.20 (1.18–1.23)."""
+    median, q1, q3 = (f"{quartiles[name]:.{digits}f}" for name in ("median", "q1", "q3"))
+    return f"{median} ({q1}–{q3})"
+
+
+def milliseconds(seconds):
+    return f"{1e3 * seconds:,.1f}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+
+
+def megabytes(size):
+    return f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}"
+
+
+def verdict(value, target, strictly=False):
+    return "met" if value < target or (value == target and not strictly) else "**missed**"
+
+
+def machine(result):
+    """One line: what it ran on, with which versions."""
+    about, settings = result["machine"], result["settings"]
+    device = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {about['threads']} torch threads"
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{device}, {settings['dtype']}; {versions}."
+
+
+def method_name(key):
+    """A method or timing for readers: "poet-128-efficient first" -> "POET b = 128, memory-efficient, first"."""
+    method, _, phase = key.partition(" ")
+    kind, _, size = method.partition("-")
+    size, is_efficient = size.removesuffix("-efficient"), size.endswith("-efficient")
+    fully = size.startswith("fs-")
+    text = {
+        "full": "linear layer in full",
+        "frozen": "frozen linear layer",
+        "lora": f"LoRA r = {size}",
+        "oft": f"OFT b = {size}",
+        "boft": f"BOFT b = {size}",
+        "poet": f"POET FS {size.removeprefix('fs-')}" if fully else f"POET b = {size}",
+    }[kind]
+    return ", ".join([text, *["memory-efficient"] * is_efficient, *[phase] * bool(phase)])
