@@ -10,7 +10,7 @@ micro-batch after an optimizer step, which changed the rotations; "later" is ano
 """
 
 from harness import flags
-from harness.methods import check_method, is_poet, why_impossible
+from harness.methods import check_method, is_poet, why_not
 from harness.one_layer import LayerContender
 from harness.results import ResultFile, start
 from harness.timing import Budget, interleave, summarize
@@ -36,7 +36,8 @@ def add_flags(parser):
     parser.add_argument(
         "--max-gflop",
         type=float,
-        help="leave out shapes and tokens whose full layer needs more; default: 110 on a CPU, no limit on CUDA",
+        help="leave out shapes and tokens whose full layer needs more, and methods that need more than four times as "
+        "much; default: 110 on a CPU, no limit on CUDA",
     )
 
 
@@ -45,24 +46,33 @@ def gflop(shape, num_tokens):
     return 6e-9 * num_tokens * shape[0] * shape[1]
 
 
+def max_gflop(args):
+    return args.max_gflop or (110 if args.device == "cpu" else float("inf"))
+
+
 def grid(args):
-    limit = args.max_gflop or (110 if args.device == "cpu" else float("inf"))
-    cells = [(shape, n) for shape in args.shapes for n in args.tokens if gflop(shape, n) <= limit]
+    cells = [(shape, n) for shape in args.shapes for n in args.tokens if gflop(shape, n) <= max_gflop(args)]
     return sorted(cells, key=lambda cell: gflop(*cell))
 
 
-def measure(shape, num_tokens, args, seconds):
+def memory_tokens(shape, cells):
+    """Where memory is measured, once a shape: at the most tokens up to 4096, or else at the fewest."""
+    tokens = sorted(n for other, n in cells if other == shape)
+    return max([n for n in tokens if n <= 4096] or tokens[:1])
+
+
+def measure(shape, num_tokens, args, seconds, with_memory):
     skipped, contenders, memory = {}, {}, {}
     for method in args.methods:
-        reason = why_impossible(method, shape[0])
+        reason = why_not(method, num_tokens, *shape, 4 * max_gflop(args))
         if reason:
             skipped[method] = reason
             continue
         contender = contenders[method] = LayerContender(method, shape, num_tokens, args)
-        memory[method] = contender.memory()
-        contender.micro_batch()
-        if is_poet(method):
-            contender.check_that_steps_arrive()
+        if with_memory:
+            memory[method] = contender.memory()
+            if is_poet(method):
+                contender.check_that_steps_arrive()
     tasks = {method: contender.run for method, contender in contenders.items()}
     rounds = interleave(tasks, seconds, args.min_rounds, args.max_rounds, args.seed)
     return {
@@ -86,7 +96,7 @@ def main():
     cells = grid(args)
     budget = Budget(args.budget, len(cells))
     for shape, num_tokens in cells:
-        cell = measure(shape, num_tokens, args, budget.share())
+        cell = measure(shape, num_tokens, args, budget.share(), with_memory=num_tokens == memory_tokens(shape, cells))
         file.add(cell)
         ratios = {key: t["ratio"]["median"] for key, t in cell["timings"].items()}
         print(f"{shape[0]}x{shape[1]} N={num_tokens} ({cell['rounds']} rounds):", end=" ")

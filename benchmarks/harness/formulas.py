@@ -45,6 +45,11 @@ def poet_flops(N, m, n, b, is_first=True):
     return min(by_input, tangent, by_weight) + map_flops(m, n, b)
 
 
+def boft_flops(N, m, n):
+    """PEFT's BOFT: a full linear layer, its dense n x n rotation made of two products, and its product with W."""
+    return full_flops(N, m, n) + 12 * n**3 + 6 * m * n**2
+
+
 def full_memory(N, m, n):
     """Numbers held between forward and backward: weight, gradient, two moments, the input."""
     return 4 * m * n + N * n

@@ -147,13 +147,12 @@ class LlamaContender:
         }
 
     def folds(self, num_folds):
-        """Seconds of folds, each after a step."""
-        times = []
-        for _ in range(num_folds):
-            self.loss().backward()
-            self.finish_step()
-            times.append(self.clock.time(lambda: merge_and_reinitialize(self.model, self.optimizer)))
-        return quartiles(times)
+        """Seconds of folds after a step."""
+        self.loss().backward()
+        self.finish_step()
+        return quartiles(
+            self.clock.time(lambda: merge_and_reinitialize(self.model, self.optimizer)) for _ in range(num_folds)
+        )
 
 
 def formula(method, shapes, item):

@@ -23,7 +23,8 @@ class Memory:
         gradients: of the parameters.
         caches: kept from one micro-batch to the next.
         activations: kept between forward and backward; a layer's input counts where autograd keeps it.
-        peak: the most that is allocated at once, everything above, the inputs and temporaries included.
+        peak: the most that is allocated at once in steps of one micro-batch, inputs and temporaries included.
+        peak_accumulating: the same where gradients are there already when the forward begins.
     """
 
     weights: int
@@ -32,6 +33,7 @@ class Memory:
     caches: int
     activations: int
     peak: int
+    peak_accumulating: int
 
     def as_dict(self):
         return asdict(self)
@@ -99,8 +101,22 @@ class _SavedStorages:
         return sum(size for at, (size, reference) in self.kept.items() if at in held or reference.expired())
 
 
+class _Tally:
+    """Live bytes, and the most there ever were."""
+
+    def __init__(self, live, device):
+        self.live = self.peak = live
+        self.device = device
+
+    def run(self, function):
+        result, left, peak = allocations(function, self.device)
+        self.peak = max(self.peak, self.live + peak)
+        self.live += left
+        return result
+
+
 def measure_memory(module, optimizer, forward, backward, inputs, device):
-    """Accounts for two optimizer steps of one micro-batch each; the first one starts without any cache.
+    """Accounts for two optimizer steps, of one and of two micro-batches; the first one starts without any cache.
 
     Args:
         module: has no gradients and no cache yet.
@@ -108,38 +124,42 @@ def measure_memory(module, optimizer, forward, backward, inputs, device):
         backward: function of the output.
         inputs: tensors that exist before the forward, and whose gradients are dropped.
     """
+    weights = storage_bytes(module_tensors(module))
     base = storage_bytes([*module_tensors(module), *inputs])
-    peaks, live = [], base
-    for step in range(2):
+    tally = _Tally(base, device)
+
+    def micro_batch():
         saved = _SavedStorages(module_tensors(module))
         with saved:
-            output, left, peak = allocations(forward, device)
-        peaks.append(live + peak)
-        live += left
-        held = [output]
-        del output
-        _, left, peak = allocations(lambda held=held: backward(held.pop()), device)
-        peaks.append(live + peak)
-        live += left
-        if step == 0:
-            activations = saved.bytes_of_those_gone(inputs)
-            gradients = storage_bytes(p.grad for p in module.parameters())
-            caches = live - base - gradients - storage_bytes(t.grad for t in inputs)
-        _, left, peak = allocations(lambda: _finish(optimizer, inputs), device)
-        peaks.append(live + peak)
-        live += left
+            output = [tally.run(forward)]
+        tally.run(lambda: backward(output.pop()))
+        activations = saved.bytes_of_those_gone(inputs)
+        tally.run(lambda: _drop_gradients(inputs))
+        return activations
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    activations = micro_batch()
+    gradients = storage_bytes(p.grad for p in module.parameters())
+    caches = tally.live - base - gradients
+    tally.run(step)
+    micro_batch()
+    peak = tally.peak
+    micro_batch()
+    tally.run(step)
     return Memory(
-        weights=storage_bytes(module_tensors(module)),
+        weights=weights,
         optimizer=storage_bytes(optimizer_tensors(optimizer)),
         gradients=gradients,
         caches=caches,
         activations=activations,
-        peak=max(peaks),
+        peak=peak,
+        peak_accumulating=tally.peak,
     )
 
 
-def _finish(optimizer, inputs):
-    optimizer.step()
-    optimizer.zero_grad()
+def _drop_gradients(inputs):
     for tensor in inputs:
         tensor.grad = None

@@ -17,6 +17,8 @@ from torch import nn
 
 from poet_peft import POETConfig
 
+from .formulas import boft_flops, poet_flops
+
 
 _NAME = re.compile(r"full|frozen|(lora|oft|boft)-(\d+)|poet-(?:(\d+)|fs-(\d+/\d+))(-efficient)?")
 _LR = 1e-5
@@ -53,12 +55,20 @@ def adapter_config(method, target_modules, poet=POETConfig, **poet_overrides):
     return None
 
 
-def why_impossible(method, in_features):
-    """Why PEFT's OFT or BOFT would not have the named block size on a layer; None where all is well."""
-    kind, size, *_ = _NAME.fullmatch(method).groups()
+def why_not(method, num_tokens, in_features, out_features, max_gflop):
+    """Why a method is left out on a layer: its block size does not fit, or it needs too much; None if it is not."""
+    kind, size, block_size, fraction, _ = _NAME.fullmatch(method).groups()
     if kind in ("oft", "boft") and in_features % int(size):
         return f"{size} does not divide {in_features}"
-    return None
+    shape = num_tokens, out_features, in_features
+    if kind == "boft":
+        flops = boft_flops(*shape)
+    elif is_poet(method):
+        sizes = [int(block_size or Fraction(fraction) * dim) for dim in (in_features, out_features)]
+        flops = poet_flops(*shape, max(2, *sizes))
+    else:
+        return None
+    return f"left out: {flops / 1e9:,.0f} GFLOP" if flops > 1e9 * max_gflop else None
 
 
 class _OneLayer(nn.Module):

@@ -28,8 +28,8 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
 
-def interleave(tasks, seconds, min_rounds=3, max_rounds=30, seed=0):
-    """Rounds of all tasks, each in a shuffled order, after one that does not count.
+def interleave(tasks, seconds, min_rounds=3, max_rounds=30, seed=0, warm_up=True):
+    """Rounds of all tasks, each in a shuffled order, after one that does not count, if asked for.
 
     Args:
         tasks: functions by name. Each does its work once and returns seconds by phase; "" is the only phase of a task
@@ -48,7 +48,7 @@ def interleave(tasks, seconds, min_rounds=3, max_rounds=30, seed=0):
             return rounds
         generator.shuffle(names)
         measured = {name: tasks[name]() for name in names}
-        if number == 0:
+        if warm_up and number == 0:
             continue
         longest = max(longest, time.perf_counter() - start - elapsed)
         rounds.append({f"{name} {phase}".strip(): t for name in tasks for phase, t in measured[name].items()})
@@ -77,13 +77,13 @@ def summarize(rounds, baseline):
 
 
 class Budget:
-    """Divides what is left of a time budget evenly among the measurements to come."""
+    """Divides what is left of a time budget among the measurements to come, by their weights."""
 
-    def __init__(self, seconds, num_measurements):
+    def __init__(self, seconds, total_weight):
         self.end = time.perf_counter() + seconds
-        self.num_left = num_measurements
+        self.weight_left = total_weight
 
-    def share(self):
-        share = max(0.0, self.end - time.perf_counter()) / max(1, self.num_left)
-        self.num_left -= 1
+    def share(self, weight=1):
+        share = max(0.0, self.end - time.perf_counter()) * weight / self.weight_left
+        self.weight_left -= weight
         return share

@@ -1,6 +1,6 @@
 """What `layer.py` measured."""
 
-from .text import machine, megabytes, method_name, milliseconds, ratio, table, verdict
+from .text import MEMORY, machine, megabytes, method_name, milliseconds, ratio, table, verdict
 
 
 COMMAND = "python benchmarks/layer.py"
@@ -99,11 +99,11 @@ def time_of(cell, key):
 
 
 def memory(cells):
-    """At the number of tokens nearest to the targets' from below, or the smallest one."""
-    num_tokens = max([n for n in cells if n <= TARGET_TOKENS] or [min(cells)])
-    names = ["weights", "optimizer", "gradients", "caches", "activations", "peak"]
+    num_tokens = next((n for n, cell in cells.items() if cell["memory"]), None)
+    if num_tokens is None:
+        return "Memory: not measured."
     rows = [
-        [method_name(method), *(megabytes(held[name]) for name in names)]
+        [method_name(method), *(megabytes(held[name]) for name in MEMORY)]
         for method, held in cells[num_tokens]["memory"].items()
     ]
-    return table([f"MB at N = {num_tokens:,}", *names], rows)
+    return table([f"MB at N = {num_tokens:,}", *MEMORY.values()], rows)

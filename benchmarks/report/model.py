@@ -1,6 +1,6 @@
 """What `model.py` measured."""
 
-from .text import machine, megabytes, method_name, ratio, table, verdict
+from .text import MEMORY, machine, megabytes, method_name, ratio, table, verdict
 
 
 COMMAND = "python benchmarks/model.py"
@@ -57,7 +57,7 @@ def targets(result):
     for count, wording in ((1, "at most 1.00"), (8, "below 1.00")):
         cell = next((cell for cell in result["cells"] if cell["micro_batches"] == count), None)
         what = f"step time, {count} micro-batch{'es' * (count > 1)}"
-        if cell is None:
+        if cell is None or f"{TARGET_METHOD} step" not in cell["timings"]:
             rows.append([what, wording, "not measured", ""])
             continue
         time = cell["timings"][f"{TARGET_METHOD} step"]["ratio"]
@@ -75,23 +75,22 @@ def targets(result):
 
 
 def times(result, cell):
+    timings = cell["timings"]
+    phases = [phase for phase in ("first", "later", "optimizer") if f"full {phase}" in timings]
     rows = []
-    for method in result["memory"]:
-        timing = {phase: cell["timings"].get(f"{method} {phase}") for phase in ("first", "later", "optimizer", "step")}
-        parts = (f"{timing[p]['seconds']['median']:.3f}" if timing[p] else "" for p in ("first", "later", "optimizer"))
-        step = timing["step"]["seconds"]["median"]
-        speed = f"{num_tokens(result, cell) / step:,.0f}"
-        rows.append([full_name(method), speed, ratio(timing["step"]["ratio"]), f"{step:.3f}", *parts])
-    header = [
-        "method",
-        "tokens/s",
-        "step over full AdamW",
-        "step, s",
-        "first forward + backward",
-        "later ones",
-        "optimizer",
-    ]
+    for method in methods_of(result, cell):
+        step = timings[f"{method} step"]
+        seconds = step["seconds"]["median"]
+        speed = f"{num_tokens(result, cell) / seconds:,.0f}"
+        parts = (f"{timings[f'{method} {phase}']['seconds']['median']:.3f}" for phase in phases)
+        rows.append([full_name(method), speed, ratio(step["ratio"]), f"{seconds:.3f}", *parts])
+    names = {"first": "first micro-batch, s", "later": "a later one, s", "optimizer": "optimizer, s"}
+    header = ["method", "tokens/s", "step over full AdamW", "step, s", *(names[phase] for phase in phases)]
     return table(header, rows)
+
+
+def methods_of(result, cell):
+    return [method for method in result["memory"] if f"{method} step" in cell["timings"]]
 
 
 def folds(result):
@@ -104,13 +103,12 @@ def folds(result):
 
 
 def memory(result):
-    names = ["weights", "optimizer", "gradients", "caches", "activations", "peak"]
     full = result["memory"]["full"]
     rows = []
     for method, held in result["memory"].items():
         state = (held["optimizer"] + held["gradients"]) / (full["optimizer"] + full["gradients"])
-        rows.append([full_name(method), *(megabytes(held[name]) for name in names), f"{state:.2f}"])
-    return table(["MB", *names, "optimizer and gradients over full AdamW"], rows)
+        rows.append([full_name(method), *(megabytes(held[name]) for name in MEMORY), f"{state:.2f}"])
+    return table(["MB", *MEMORY.values(), "optimizer and gradients over full AdamW"], rows)
 
 
 def formulas(result):

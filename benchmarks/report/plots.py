@@ -12,7 +12,7 @@ from .text import method_name
 
 PLOTTED_METHODS = ["frozen", "lora-64", "oft-64", "poet-64", "poet-128", "poet-256", "poet-fs-1/2"]
 COLORS = dict(zip(PLOTTED_METHODS, ["0.55", "C1", "C2", "C0", "C3", "C4", "C5"], strict=True))
-MEMORY = ["weights", "optimizer", "gradients", "caches", "activations"]
+HELD = ["weights", "optimizer", "gradients", "caches", "activations"]
 
 
 def digest(result):
@@ -70,8 +70,8 @@ def draw_layer(result):
         panel.set_yscale("log", base=2)
         panel.set_xticks(list(cells), [f"{n:,}" for n in cells])
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_xlabel("tokens")
         panel.grid(alpha=0.3)
-    figure.supxlabel("tokens", fontsize=10)
     figure.supylabel("time over a linear layer trained in full", fontsize=10)
     handles = {
         label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
@@ -86,22 +86,23 @@ def draw_model(result):
     methods = list(result["memory"])
     names = [model.full_name(method) for method in methods]
     left = [0.0] * len(methods)
-    for category in MEMORY:
+    for category in HELD:
         sizes = [result["memory"][method][category] / 1e6 for method in methods]
         held.barh(names, sizes, left=left, label=category)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    peaks = [result["memory"][method]["peak"] / 1e6 for method in methods]
-    held.plot(peaks, names, "k|", markersize=14, markeredgewidth=2, label="peak")
+    peaks = [result["memory"][method]["peak_accumulating"] / 1e6 for method in methods]
+    held.plot(peaks, names, "k|", markersize=14, markeredgewidth=2, label="peak, accumulating")
     held.set_xlabel("MB")
     held.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=6, columnspacing=1, handlelength=1)
     height = 0.8 / max(1, len(result["cells"]))
     for number, cell in enumerate(result["cells"]):
         tokens = model.num_tokens(result, cell)
-        rates = [tokens / cell["timings"][f"{method} step"]["seconds"]["median"] for method in methods]
+        measured = model.methods_of(result, cell)
+        rates = [tokens / cell["timings"][f"{method} step"]["seconds"]["median"] for method in measured]
         offset = (number - (len(result["cells"]) - 1) / 2) * height
         count = cell["micro_batches"]
         label = f"{count} micro-batch{'es' * (count > 1)} per step"
-        speed.barh([i + offset for i in range(len(methods))], rates, height=0.9 * height, label=label)
+        speed.barh([methods.index(method) + offset for method in measured], rates, height=0.9 * height, label=label)
     speed.set_xlabel("tokens per second")
     speed.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     held.invert_yaxis()

@@ -1,5 +1,15 @@
 """Markdown, and what every section says about its result file."""
 
+MEMORY = {
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "caches": "caches",
+    "activations": "activations",
+    "peak": "peak",
+    "peak_accumulating": "peak, accumulating",
+}
+
 
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
