@@ -64,7 +64,7 @@ def main():
     file.content["merge_interval"] = MERGE_INTERVAL
     contenders, memory = {}, {}
     for method in args.methods:
-        contenders[method] = LlamaContender(method, PRESETS[args.model], args)
+        contenders[method] = LlamaContender(method, PRESETS[args.model], args.rest == "train", args)
         memory[method] = contenders[method].memory() | contenders[method].describe()
         print(f"{method}: peak {memory[method]['peak'] / 1e6:,.0f} MB", flush=True)
     file.content["memory"] = memory

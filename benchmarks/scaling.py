@@ -18,10 +18,10 @@ from harness.timing import Budget, interleave, summarize
 
 
 QUICK = {
-    "tokens": [16, 32, 64],
-    "widths": [16, 32, 64],
-    "block_sizes": [4, 8, 16],
-    "depths": [1, 2, 3],
+    "tokens": [32, 64],
+    "widths": [16, 32],
+    "block_sizes": [4, 8],
+    "depths": [1, 2],
     "base_tokens": 64,
     "base_width": 32,
     "base_block_size": 8,
@@ -86,7 +86,7 @@ def depth_point(args, depth, seconds):
     hidden, b = args.hidden_size, args.base_block_size
     sizes = hidden, hidden * 11 // 4, depth, max(1, hidden // 64)
     methods = {"full": "full", "POET": f"poet-{b}"}
-    contenders = {name: LlamaContender(method, sizes, args) for name, method in methods.items()}
+    contenders = {name: LlamaContender(method, sizes, True, args) for name, method in methods.items()}
     memory = {name: held(contender.memory()) for name, contender in contenders.items()}
     tasks = {name: lambda c=contender: {"": c.run(1)["step"]} for name, contender in contenders.items()}
     rounds = interleave(tasks, seconds, args.min_rounds, args.max_rounds, args.seed)

@@ -92,7 +92,7 @@ def _wrap(model, config):
 class LlamaContender:
     """One method's model and optimizer."""
 
-    def __init__(self, method, sizes, args):
+    def __init__(self, method, sizes, rest, args):
         self.method = method
         self.clock = Clock(args.device)
         self.shapes = linear_shapes(sizes)
@@ -101,7 +101,7 @@ class LlamaContender:
             sizes,
             args.vocab_size,
             args.seq_length,
-            getattr(args, "rest", "train") == "train",
+            rest,
             args.device,
             getattr(torch, args.dtype),
             args.seed,

@@ -75,10 +75,9 @@ def allocations(function, device):
 
 
 class _SavedStorages:
-    """Storages that autograd keeps for the backward, apart from some that are known."""
+    """Storages that autograd keeps for the backward."""
 
-    def __init__(self, known):
-        self.known = {t.untyped_storage().data_ptr() for t in known}
+    def __init__(self):
         self.kept = {}
 
     def __enter__(self):
@@ -91,12 +90,12 @@ class _SavedStorages:
 
     def _pack(self, tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.kept[storage.data_ptr()] = storage.nbytes(), StorageWeakRef(storage)
+        self.kept[storage.data_ptr()] = storage.nbytes(), StorageWeakRef(storage)
         return tensor
 
     def bytes_of_those_gone(self, inputs):
-        """Bytes of the storages that lived as long as the graph; of the inputs too, which somebody else holds."""
+        """Bytes of those that lived as long as the graph, as parameters and caches do not; and of the inputs, which
+        somebody else holds."""
         held = {t.untyped_storage().data_ptr() for t in inputs}
         return sum(size for at, (size, reference) in self.kept.items() if at in held or reference.expired())
 
@@ -129,7 +128,7 @@ def measure_memory(module, optimizer, forward, backward, inputs, device):
     tally = _Tally(base, device)
 
     def micro_batch():
-        saved = _SavedStorages(module_tensors(module))
+        saved = _SavedStorages()
         with saved:
             output = [tally.run(forward)]
         tally.run(lambda: backward(output.pop()))

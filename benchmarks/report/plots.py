@@ -93,7 +93,8 @@ def draw_model(result):
     peaks = [result["memory"][method]["peak_accumulating"] / 1e6 for method in methods]
     held.plot(peaks, names, "k|", markersize=14, markeredgewidth=2, label="peak, accumulating")
     held.set_xlabel("MB")
-    held.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=6, columnspacing=1, handlelength=1)
+    above = {"fontsize": 8, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "columnspacing": 1, "frameon": False}
+    held.legend(ncols=6, handlelength=1, **above)
     height = 0.8 / max(1, len(result["cells"]))
     for number, cell in enumerate(result["cells"]):
         tokens = model.num_tokens(result, cell)
@@ -104,7 +105,7 @@ def draw_model(result):
         label = f"{count} micro-batch{'es' * (count > 1)} per step"
         speed.barh([methods.index(method) + offset for method in measured], rates, height=0.9 * height, label=label)
     speed.set_xlabel("tokens per second")
-    speed.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    speed.legend(ncols=2, **above)
     held.invert_yaxis()
     for panel in (held, speed):
         panel.grid(axis="x", alpha=0.3)
