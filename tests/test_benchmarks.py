@@ -214,7 +214,7 @@ def quick(tmp_path_factory):
         for command in tables.SECTIONS
     ]
     for process in processes:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
     return directory
 
