@@ -29,7 +29,7 @@ def run(script, *flags):
 
 def load(script):
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), EXAMPLES / script)
+    spec = importlib.util.spec_from_file_location("example_" + script.removesuffix(".py"), EXAMPLES / script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

