@@ -38,6 +38,7 @@ class POETCallback(TrainerCallback):
     Raises:
         ValueError: at the start of training, if the model has no trainable POET layer, the optimizer does not hold the
             rotations, or either is sharded in a way that folds cannot write to (FSDP1, DeepSpeed).
+        POETMergeError: at the start of training, if a layer cannot be folded: a second adapter on it, one merged.
     """
 
     def __init__(self, clip_ramp_steps: int = 10) -> None:
@@ -76,6 +77,11 @@ class POETCallback(TrainerCallback):
             )
         if _config(model).merge_interval:
             check_can_fold(optimizer, rotations)
+            for _, layer in poet_layers(model):
+                for adapter_name in layer.poet_schedule:
+                    layer.check_foldable(adapter_name)
+                # What is asked for a reference (by TRL, say) at any step is refused at the first one.
+                layer._folds_ahead = True
         self._num_skipped_steps = max(
             layer.num_skipped_steps(name) for _, layer in poet_layers(model) for name in layer.poet_schedule
         )
@@ -110,6 +116,12 @@ class POETCallback(TrainerCallback):
             self._pending = _as_logs(self.last_report)
             # Logged with the step itself, unless folds come more often than logs.
             control.should_log |= config.merge_interval >= state.logging_steps
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        for _, layer in poet_layers(model):
+            layer._folds_ahead = False
 
     def on_log(
         self,

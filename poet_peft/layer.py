@@ -68,6 +68,7 @@ class POETLayer(BaseTunerLayer):
         self.register_buffer("poet_initial_weight", None, persistent=False)
         self._unmerged_weight: Tensor | None = None
         self._trains_rest = False
+        self._folds_ahead = False  # set by POETCallback while it trains
         self._periodic_adapters: set[str] = set()
         self._compensated_adapters: set[str] = set()
         self._memory_efficient = False
@@ -432,6 +433,12 @@ class POETLayer(BaseTunerLayer):
             raise POETReferenceError(
                 f"{operation} cannot give the original model: the rotations of {self.module_name!r} were folded into "
                 f"its weight {folds} times. Ways out: POETConfig(keep_initial_weights=True), {ways_out}."
+            )
+        if self._folds_ahead and self.poet_initial_weight is None:
+            raise POETReferenceError(
+                f"{operation} gives the original model only until the first fold, and {self.module_name!r} is being "
+                "trained with folds (merge_interval > 0). Ways out: POETConfig(keep_initial_weights=True), "
+                f"{ways_out}."
             )
 
     def restore_initial_weight(self) -> None:
