@@ -36,13 +36,11 @@ GRID = {
 }
 # What may help POET, once each: the best learning rate of poet-bs, turning blocks of another size by the same angle.
 VARIANTS = {
-    "poet-bs-16": (["--block_size", 16], 16),
     "poet-bs-64": (["--block_size", 64], 64),
     "poet-bs-64-only-R": (["--block_size", 64, "--freeze", "poet_P"], 64),
     "poet-bs-64-only-P": (["--block_size", 64, "--freeze", "poet_R"], 64),
     "poet-bs-norms": (["--block_size", BLOCK, "--train_norms", "True"], BLOCK),
     "poet-bs-warmup": (["--block_size", BLOCK, "--warmup_steps", 5], BLOCK),
-    "poet-bs-constant": (["--block_size", BLOCK, "--lr_scheduler_type", "constant"], BLOCK),
 }
 MAX_EXTRA_RATES = 3
 KEPT_SETTINGS = [
@@ -142,7 +140,8 @@ def wanted():
 def execute(name, flags, args):
     """One run of the example; what it measured goes into a file of its name."""
     with tempfile.TemporaryDirectory() as directory:
-        data = ["--data", args.data, "--num_test_rows", args.num_test_rows, "--steps", args.steps]
+        data = ["--data", args.data, "--steps", args.steps]
+        data += ["--num_test_rows", args.num_test_rows, "--num_prose_tokens", args.num_prose_tokens]
         if args.test_data:
             data += ["--test_data", args.test_data]
         command = [sys.executable, EXAMPLE, *data, *flags, "--save_merged", "False", "--output_dir", directory]
@@ -164,7 +163,8 @@ def main():
     parser.add_argument("--data", default="openai/gsm8k")
     parser.add_argument("--test_data")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--num_test_rows", type=int, default=64)
+    parser.add_argument("--num_test_rows", type=int, default=32)
+    parser.add_argument("--num_prose_tokens", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; each needs up to 9 GB of memory")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--only", default="", help="runs whose name starts with this")
