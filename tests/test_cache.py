@@ -62,6 +62,11 @@ def optimizer_step(model, layer):
     torch.optim.SGD([rotation.weight for rotation in layer.rotations("default")], lr=1e-3).step()
 
 
+def fused_optimizer_step(model, layer):
+    """Moves no version counter."""
+    torch.optim.AdamW([rotation.weight for rotation in layer.rotations("default")], lr=1e-2, fused=True).step()
+
+
 def optimizer_step_past_the_counters(model, layer):
     """As compiled optimizers do, bitsandbytes' for one."""
 
@@ -141,6 +146,7 @@ def double(model, layer):
 
 CHANGES = [
     optimizer_step,
+    fused_optimizer_step,
     optimizer_step_past_the_counters,
     load_state_dict,
     load_state_dict_by_assignment,
