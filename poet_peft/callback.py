@@ -23,8 +23,8 @@ class POETCallback(TrainerCallback):
     checkpoint, so a resumed run goes on where the saved one stood.
 
     The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`,
-    `poet/max_rotation_angle`, `poet/spectral_drift` and `poet/states_reset`: in `trainer_state.json` and on the
-    console, and with `attach` in whatever `report_to` names.
+    `poet/max_rotation_angle`, `poet/spectral_drift`, `poet/requantization_error` and `poet/states_reset`: in
+    `trainer_state.json` and on the console, and with `attach` in whatever `report_to` names.
 
     After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at
     `max_grad_norm / (clip_ramp_steps + 1)` and grows back linearly. Without a `max_grad_norm` there is no ramp.
@@ -160,5 +160,6 @@ def _as_logs(report: MergeReport) -> dict[str, float]:
         "poet/orthogonality_error": report.orthogonality_error,
         "poet/max_rotation_angle": report.max_rotation_angle,
         "poet/spectral_drift": report.spectral_drift,
+        "poet/requantization_error": report.requantization_error,
         "poet/states_reset": report.num_states_reset,
     }

@@ -12,6 +12,7 @@ from .config import POETConfig
 from .errors import POETCheckpointError
 from .layer import POETLayer
 from .precision import join, nothing_cut_off, split
+from .quantization import CONSTANT_PARTS
 
 
 def check_adapter_tensors(
@@ -55,6 +56,8 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
     tensors = dict(tensors)
     for name, layer in layers.items():
         base_key, residual_key = f"{name}.base_layer.weight", f"{name}.poet_residual.{adapter_name}"
+        if layer.quantization_backend is not None:
+            continue
         weight = tensors.get(base_key)
         in_model = adapter_name in layer.poet_residual
         # Without a residual in the model, its key was not given the adapter's name.
@@ -102,11 +105,13 @@ def load_base_tensors(
         POETCheckpointError: tensors are missing, unknown or of another shape, or the file and the configuration
             disagree on whether base weights belong in it, or another adapter would be changed.
     """
-    current = model.state_dict()
+    quantized = {key: part for name, layer in layers.items() for key, part in quantized_parts(name, layer).items()}
+    current = {**model.state_dict(), **quantized}
     _raise_if(_names(required - tensors.keys()), f"lacks base weights, which {_regime(config)} saves", _SAME_CONFIG)
     unknown = tensors.keys() - required - optional
     _raise_if(_names(unknown), f"has tensors that do not belong into it with {_regime(config)}", _SAME_CONFIG)
-    _check_shapes_and_kinds(tensors, current, "Load it into the model that it was trained from.")
+    _check_shapes_and_kinds(tensors, current, _SAME_BASE)
+    _check_quantized({key: tensors[key] for key in quantized.keys() & required}, quantized)
     for names in parameter_names(model).values():
         given = [name for name in names if name in tensors]
         for name in given[1:]:
@@ -117,9 +122,10 @@ def load_base_tensors(
                 )
     for name, layer in layers.items():
         others = [other for other in layer.poet_schedule if other != adapter_name]
-        key = f"{name}.base_layer.weight"
-        in_use = key in required and (others or layer.merged)
-        if in_use and not torch.equal(tensors[key].to(current[key]), current[key]):
+        keys = [f"{name}.base_layer.{part}" for part in layer.base_parts_to_save]
+        if not (others or layer.merged) or not required.issuperset(keys):
+            continue
+        if not all(torch.equal(tensors[key].to(current[key]), current[key]) for key in keys):
             what = f"the adapters {others}" if others else f"the merged adapters {layer.merged_adapters}"
             raise POETCheckpointError(
                 f"the file holds a base weight of {name!r} that differs from the model's, on which {what} are built. "
@@ -130,6 +136,36 @@ def load_base_tensors(
             if not current[key].is_meta:
                 current[key].copy_(tensors[key])
     return {key: tensor for key, tensor in tensors.items() if key not in required or current[key].is_meta}
+
+
+def quantized_parts(name: str, layer: POETLayer) -> dict[str, Tensor]:
+    """The parts of a layer's quantized base weight, by their keys in a file; none if it is not quantized."""
+    if layer.quantized_format is None:
+        return {}
+    parts = layer.quantized_format.parts(layer.get_base_layer())
+    return {f"{name}.base_layer.{part}": tensor for part, tensor in parts.items()}
+
+
+def _check_quantized(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Packed values convert into nothing else, and mean nothing under another table."""
+    _raise_if(
+        [
+            f"{key}: {tensor.dtype} in the file, {expected[key].dtype} in the model"
+            for key, tensor in sorted(tensors.items())
+            if tensor.dtype != expected[key].dtype
+        ],
+        "has quantized weights of another dtype",
+        _SAME_BASE,
+    )
+    _raise_if(
+        [
+            repr(key)
+            for key, tensor in sorted(tensors.items())
+            if key.endswith(CONSTANT_PARTS) and not torch.equal(tensor.to(expected[key].device), expected[key])
+        ],
+        "has weights that were quantized otherwise than the model's",
+        _SAME_BASE,
+    )
 
 
 def _check_shapes_and_kinds(tensors: dict[str, Tensor], expected: dict[str, Tensor], way_out: str) -> None:
@@ -155,6 +191,7 @@ def _check_shapes_and_kinds(tensors: dict[str, Tensor], expected: dict[str, Tens
     )
 
 
+_SAME_BASE = "Load it into the model that it was trained from."
 _SAME_CONFIG = "Load it with the adapter_config.json that was saved beside it."
 
 

@@ -49,6 +49,9 @@ class POETConfig(PeftConfig):
         compensated_folds: keep what rounding cuts off when a rotation is folded into a bf16 or fp16 weight, two bytes
             more a weight, so that singular values drift as little as in fp32. Without it they drift by about 5e-3 in
             200 folds. No effect on fp32 weights, or with `merge_interval=0`.
+        allow_requantize: fold into a quantized base too: dequantize, fold, quantize anew in the same format, as
+            POET-XQ does (arXiv 2603.05500). Every fold then adds the error of a quantization, see `MergeReport`. No
+            effect on weights that are not quantized.
         seed: of permutations, index sets and `base_init`.
         init_weights: True starts at the identity. False starts at random rotations, for tests.
         target_modules: names of the layers to rotate, a regular expression, or "all-linear". None = PEFT's defaults
@@ -89,6 +92,9 @@ class POETConfig(PeftConfig):
     )
     compensated_folds: bool = field(
         default=True, metadata={"help": "keep the rounding of folds into bf16 and fp16 weights, in 2 bytes a weight"}
+    )
+    allow_requantize: bool = field(
+        default=False, metadata={"help": "fold into a quantized base, which adds an error at every fold"}
     )
     seed: int = field(default=0, metadata={"help": "seed of permutations, index sets and base_init"})
     init_weights: bool = field(default=True, metadata={"help": "start at the identity"})
@@ -175,6 +181,11 @@ class POETConfig(PeftConfig):
             raise ValueError(
                 "keep_initial_weights=True has no use with merge_interval=0, which never changes the weights; leave "
                 "it out."
+            )
+        if self.allow_requantize and self.merge_interval == 0:
+            raise ValueError(
+                "allow_requantize=True has no use with merge_interval=0, which never changes the weights; leave it "
+                "out."
             )
         if self.train_rest and self.keep_initial_weights:
             raise ValueError(

@@ -22,6 +22,7 @@ from .ops.paths import choose_path, poet_linear
 from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
 from .precision import LOW_PRECISION, at_least_fp32, join, nothing_cut_off, split
 from .primitives import partition_side
+from .quantization import quantized_format
 from .rotation import Rotation
 from .sharding import full, some_model_is_sharded, write
 
@@ -36,6 +37,7 @@ class LayerFold(NamedTuple):
     orthogonality_error: float
     rotation_angle: float
     spectral_drift: float
+    requantization_error: float
 
 
 class POETLayer(BaseTunerLayer):
@@ -60,13 +62,14 @@ class POETLayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
+        self.quantized_format = quantized_format(self.quantization_backend)
         self.out_features, self.in_features = features(self.get_base_layer())
         self.poet_R = nn.ModuleDict()
         self.poet_P = nn.ModuleDict()
         self.poet_schedule = BufferDict(persistent=True)
         self.poet_residual = BufferDict(persistent=True)
         self.register_buffer("poet_initial_weight", None, persistent=False)
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged_parts: dict[str, Tensor] | None = None
         self._trains_rest = False
         self._folds_ahead = False  # set by POETCallback while it trains
         self._periodic_adapters: set[str] = set()
@@ -104,7 +107,7 @@ class POETLayer(BaseTunerLayer):
         self._memory_efficient |= config.memory_efficient
         if config.merge_interval:
             self._periodic_adapters.add(adapter_name)
-            if config.compensated_folds:
+            if config.compensated_folds and self.quantization_backend is None:
                 self._compensated_adapters.add(adapter_name)
                 self._ensure_residual(adapter_name)
         if config.keep_initial_weights and self.poet_initial_weight is None:
@@ -250,11 +253,12 @@ class POETLayer(BaseTunerLayer):
         y = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        bias = None if base_layer.bias is None else base_layer.bias.to(y.dtype)
-        y = y if bias is None else y - bias
+        bias = getattr(base_layer, "bias", None)
+        unrotated = rotated = y if bias is None else y - bias.to(y.dtype)
         for rotation in R:
-            y = reference.rotate(y, rotation)
-        return y if bias is None else y + bias
+            rotated = reference.rotate(rotated, rotation)
+        # The change, not the result, is put back under the bias: the identity then changes no bit.
+        return rotated if bias is None else y + (rotated - unrotated)
 
     def _original_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.poet_initial_weight is None:
@@ -274,16 +278,17 @@ class POETLayer(BaseTunerLayer):
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         if not adapter_names:
             return
+        self.check_mergeable()
         R, P = self._tensors(adapter_names)
         with torch.no_grad():
             merged = reference.effective_weight(self._exact_matrix(), R, P)
-        if safe_merge and not torch.isfinite(merged.to(self._adapter_dtype() or merged.dtype)).all():
+        if safe_merge and not self._is_storable(merged):
             raise ValueError(
                 f"NaNs detected in the merged weights of {self.module_name!r}. The adapter "
                 f"{', '.join(adapter_names)} seems to be broken."
             )
-        if self._unmerged_weight is None:
-            self._unmerged_weight = self._copy_of_base_weight()
+        if self._unmerged_parts is None:
+            self._unmerged_parts = {name: part.detach().clone() for name, part in self._base_parts().items()}
         self._write_matrix(merged)
         self.merged_adapters.extend(adapter_names)
 
@@ -292,20 +297,47 @@ class POETLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self._restore_base_weight(self._unmerged_weight)
-        self._unmerged_weight = None
+        self._write_parts(self._unmerged_parts)
+        self._unmerged_parts = None
         self.merged_adapters.clear()
 
+    def check_mergeable(self) -> None:
+        """Refuse to merge into a weight that cannot be read or written.
+
+        Raises:
+            ValueError: names the module, the library that quantized it, and the way out.
+        """
+        if self.quantization_backend is not None and self.quantized_format is None:
+            raise ValueError(
+                f"{self.module_name!r} is quantized by {self.quantization_backend.backend_name}, which cannot take "
+                "merged weights. Keep the adapter beside the base, or load it over an unquantized copy of the base "
+                "and merge there."
+            )
+
     @property
-    def base_weight_to_save(self) -> Tensor:
-        """The base weight without any merged adapter."""
-        return self.get_base_layer().weight if self._unmerged_weight is None else self._unmerged_weight
+    def base_parts_to_save(self) -> dict[str, Tensor]:
+        """The base weight without any merged adapter, as the tensors that it is made of, by their names in the base
+        layer: `weight`, or the parts of a quantized weight."""
+        return self._base_parts() if self._unmerged_parts is None else self._unmerged_parts
+
+    def _base_parts(self) -> dict[str, Tensor]:
+        base_layer = self.get_base_layer()
+        return (
+            {"weight": base_layer.weight} if self.quantized_format is None else self.quantized_format.parts(base_layer)
+        )
+
+    def _matrix(self) -> Tensor:
+        """The base weight (out, in) as a forward pass sees it, in fp32 at least: dequantized, gathered."""
+        base_layer = self.get_base_layer()
+        if self.quantized_format is not None:
+            return self.quantized_format.dequantize(base_layer)
+        return at_least_fp32(weight_as_matrix(base_layer, full(base_layer.weight)))
 
     def _exact_matrix(self) -> Tensor:
-        """The base weight (out, in) in fp32 at least: dequantized, gathered, with what folding cut off it."""
+        """`_matrix` with what folding cut off it."""
         base_layer = self.get_base_layer()
-        if self.quantization_backend is not None:
-            return at_least_fp32(self.quantization_backend.get_base_weight(base_layer))
+        if self.quantized_format is not None:
+            return self._matrix()
         weight = full(base_layer.weight)
         residual = next(iter(self.poet_residual.values()), None)
         if residual is not None and weight.dtype in LOW_PRECISION and not self.merged:
@@ -315,9 +347,8 @@ class POETLayer(BaseTunerLayer):
     @torch.no_grad()
     def _write_matrix(self, matrix: Tensor) -> None:
         base_layer = self.get_base_layer()
-        if self.quantization_backend is not None:
-            dtype = self.quantization_backend.get_base_weight(base_layer).dtype
-            self.quantization_backend.set_base_weight(self, matrix.to(dtype))
+        if self.quantized_format is not None:
+            self._write_parts(self.quantized_format.quantize(base_layer, matrix))
         else:
             write(base_layer.weight, weight_as_matrix(base_layer, matrix))
 
@@ -326,20 +357,22 @@ class POETLayer(BaseTunerLayer):
         if weight.dtype in LOW_PRECISION and adapter_name not in self.poet_residual:
             self.poet_residual[adapter_name] = nothing_cut_off(weight)
 
-    def _copy_of_base_weight(self) -> Tensor:
-        weight = self.get_base_layer().weight
-        # Quantized weights are replaced as objects, not written to.
-        return weight if self.quantization_backend is not None else weight.detach().clone()
-
-    @torch.no_grad()
-    def _restore_base_weight(self, weight: Tensor) -> None:
+    def _write_parts(self, parts: dict[str, Tensor]) -> None:
         base_layer = self.get_base_layer()
-        if self.quantization_backend is None:
-            write(base_layer.weight, weight)
-            return
-        base_layer.weight = weight
-        if hasattr(base_layer, "state"):
-            base_layer.state.reset_grads()
+        if self.quantized_format is not None:
+            self.quantized_format.write(base_layer, parts)
+        else:
+            write(base_layer.weight, parts["weight"])
+
+    def _storage_dtype(self) -> torch.dtype:
+        """The dtype whose range limits what the base weight can hold."""
+        base_layer = self.get_base_layer()
+        if self.quantized_format is not None:
+            return self.quantized_format.range_dtype(base_layer)
+        return base_layer.weight.dtype
+
+    def _is_storable(self, matrix: Tensor) -> bool:
+        return bool(torch.isfinite(matrix.to(self._storage_dtype())).all())
 
     # Fold
 
@@ -376,8 +409,7 @@ class POETLayer(BaseTunerLayer):
         base_layer = self.get_base_layer()
         weight = self._exact_matrix()
         probes = torch.randn(_NUM_PROBES, self.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
-        unfolded = at_least_fp32(weight_as_matrix(base_layer, full(base_layer.weight)))
-        before = reference.poet_linear(probes, unfolded, None, *self._tensors([adapter_name]))
+        before = reference.poet_linear(probes, self._matrix(), None, *self._tensors([adapter_name]))
 
         orthogonality_error, smallest, largest = 0.0, 1.0, 1.0
         tensors: dict[str, list[reference.RotationTensors]] = {"R": [], "P": []}
@@ -388,9 +420,9 @@ class POETLayer(BaseTunerLayer):
             smallest *= max(1 - error.spectrum, 0.0) ** 0.5
             largest *= (1 + error.spectrum) ** 0.5
         folded = reference.effective_weight(weight, tensors["R"], tensors["P"])
-        if not torch.isfinite(folded.to(base_layer.weight.dtype)).all():
+        if not self._is_storable(folded):
             raise POETMergeError(
-                f"the folded weight of {self.module_name!r} does not fit into {base_layer.weight.dtype}. Layers "
+                f"the folded weight of {self.module_name!r} does not fit into {self._storage_dtype()}. Layers "
                 "before it are folded already: go back to the last checkpoint, and train in bf16 or fp32."
             )
         self._write_matrix(folded)
@@ -399,7 +431,9 @@ class POETLayer(BaseTunerLayer):
             _, rest = split(weight_as_matrix(base_layer, folded), base_layer.weight.dtype)
             self.poet_residual[adapter_name].copy_(rest)
 
-        after = F.linear(probes, at_least_fp32(weight_as_matrix(base_layer, full(base_layer.weight))))
+        written = self._matrix()
+        requantization_error = 0.0 if self.quantized_format is None else _relative_error(written, folded)
+        after = F.linear(probes, written)
         for rotation in rotations:
             rotation.reset()
         self.poet_schedule[adapter_name][2] += 1
@@ -408,8 +442,8 @@ class POETLayer(BaseTunerLayer):
             for rotation in rotations:
                 rotation.redraw(self.seed(adapter_name), self.epoch(adapter_name))
 
-        change = torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before).clamp_min(1e-30)
-        return LayerFold(float(change), orthogonality_error, angle, max(1 - smallest, largest - 1))
+        drift = max(1 - smallest, largest - 1)
+        return LayerFold(_relative_error(after, before), orthogonality_error, angle, drift, requantization_error)
 
     # The original model
 
@@ -444,7 +478,7 @@ class POETLayer(BaseTunerLayer):
     def restore_initial_weight(self) -> None:
         """Write the weight from before any fold back into the base layer, if a copy is kept."""
         if self.poet_initial_weight is not None:
-            self._restore_base_weight(self.poet_initial_weight)
+            self._write_parts({"weight": self.poet_initial_weight})
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -478,6 +512,11 @@ class POETLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm(actual - expected)
+    return float(difference / torch.linalg.vector_norm(expected).clamp_min(1e-30))
 
 
 class Linear(nn.Module, POETLayer):

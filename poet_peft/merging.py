@@ -21,12 +21,14 @@ class MergeReport:
         num_layers: layers folded.
         epoch: number of reinitialisations so far.
         relative_output_change: of a layer on random inputs, `||y_after - y_before|| / ||y_before||`; rounding of the
-            weight's dtype.
+            weight's dtype, or requantization.
         orthogonality_error: largest entry of `|G^T G - I|` before the fold.
         max_rotation_angle: radians by which the fold turned the most-turned plane; an estimate from below.
         spectral_drift: bound on the relative change of any singular value by what was folded. Three Neumann terms
             always shrink them, by about `phi^4 / 8` where both sides turn by `phi` radians. Rounding of a 16-bit
             weight comes on top, see `POETConfig.compensated_folds`.
+        requantization_error: of a quantized base weight, `||W_requantized - W_folded|| / ||W_folded||`: what this fold
+            added. 0 where no layer is quantized.
         num_states_reset: parameters whose optimizer state was reset.
     """
 
@@ -36,6 +38,7 @@ class MergeReport:
     orthogonality_error: float
     max_rotation_angle: float
     spectral_drift: float
+    requantization_error: float
     num_states_reset: int
 
 
@@ -87,5 +90,6 @@ def merge_and_reinitialize(
         orthogonality_error=max(fold.orthogonality_error for fold in folds),
         max_rotation_angle=max(fold.rotation_angle for fold in folds),
         spectral_drift=max(fold.spectral_drift for fold in folds),
+        requantization_error=max(fold.requantization_error for fold in folds),
         num_states_reset=num_states_reset,
     )

@@ -22,11 +22,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .base_layers import check_supported, features, weight_as_matrix
-from .checkpoint import check_adapter_tensors, load_base_tensors, match_residuals
+from .checkpoint import check_adapter_tensors, load_base_tensors, match_residuals, quantized_parts
 from .config import POETConfig
 from .gguf import clear_leftover_gguf_flags
 from .initialization import draw_weight
 from .layer import Linear, POETLayer
+from .quantization import keep_exact, quantized_keys
 from .sharding import reshard
 from .targets import check_targets, warn_of_unreached_weights
 
@@ -64,6 +65,7 @@ class POETModel(BaseTuner):
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        keep_exact(model)
         if kwargs.get("state_dict") is None:
             self._check_targets(model, self.peft_config[adapter_name])
         clear_leftover_gguf_flags(model)
@@ -190,10 +192,8 @@ class POETModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         reshard(self.model)
-        for name, layer in poet_layers(self.model):
-            backend = layer.quantization_backend
-            if backend is not None and not backend.supports_merge:
-                raise ValueError(f"{name!r} is quantized by {backend.backend_name}, which cannot take merged weights.")
+        for _, layer in poet_layers(self.model):
+            layer.check_mergeable()
 
     # What a file holds
 
@@ -216,9 +216,11 @@ class POETModel(BaseTuner):
         if config.changes_base_weights:
             for name, layer in poet_layers(model):
                 if layer.has_adapter(adapter_name):
-                    key = f"{name.removeprefix('_fsdp_wrapped_module.')}.base_layer.weight"
-                    saved = state_dict.get(key)
-                    selected[key] = layer.base_weight_to_save.detach() if layer.merged or saved is None else saved
+                    use_layers = layer.merged or layer.quantized_format is not None
+                    for part, tensor in layer.base_parts_to_save.items():
+                        key = f"{name.removeprefix('_fsdp_wrapped_module.')}.base_layer.{part}"
+                        saved = state_dict.get(key)
+                        selected[key] = tensor.detach() if use_layers or saved is None else saved
         return selected
 
     @classmethod
@@ -242,7 +244,10 @@ class POETModel(BaseTuner):
         adapter = _filter_state_dict_by_key_prefixes(remapped, prefixes)
         expected = _filter_state_dict_by_key_prefixes(current, prefixes)
         base = {key: tensor for key, tensor in remapped.items() if key not in adapter}
-        required = {f"{name}.base_layer.weight" for name in layers} if config.changes_base_weights else set()
+        required = set()
+        if config.changes_base_weights:
+            for name, layer in layers.items():
+                required |= quantized_parts(name, layer).keys() or {f"{name}.base_layer.weight"}
         if config.train_rest:
             required |= _rest_keys(model, current)
         optional = _keys_that_peft_saves(model, config, current)
@@ -256,7 +261,7 @@ def _rest_keys(model: nn.Module, state_dict: dict[str, Any]) -> set[str]:
 
     All names of a shared parameter, since transformers' own loader fills each by itself.
     """
-    excluded = _get_tuner_state_dict_key_prefixes(model)
+    excluded = _get_tuner_state_dict_key_prefixes(model) | quantized_keys(model)
     for name, module in model.named_modules():
         name = name.removeprefix("_fsdp_wrapped_module.")
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -52,7 +52,7 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
         "decay": {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "decay"},
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0, "name": "no_decay"},
     }
-    rotated = {id(layer.get_base_layer().weight) for _, layer in poet_layers(model)}
+    rotated = {id(getattr(layer.get_base_layer(), "weight", None)) for _, layer in poet_layers(model)}
     for parameter in model.parameters():
         if not parameter.requires_grad or id(parameter) in rotated:
             continue

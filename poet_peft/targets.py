@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .base_layers import check_supported, features, parameter_names
 from .config import POETConfig
 from .primitives import partition_side
+from .quantization import quantized_format
 
 
 def check_targets(
@@ -38,7 +40,7 @@ def check_targets(
         check_supported(name, layer, **quantization_kwargs)
         _check_not_shared(name, layer, owners)
         _check_not_bypassed(name, model)
-        _check_base_can_change(name, layer, config)
+        _check_base_can_change(name, layer, config, **quantization_kwargs)
         clipped += _check_block_size(name, layer, config)
     if clipped:
         warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
@@ -117,13 +119,33 @@ def _check_not_bypassed(name: str, model: nn.Module) -> None:
         )
 
 
-def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig) -> None:
-    if config.changes_base_weights and not layer.weight.dtype.is_floating_point:
+def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig, **quantization_kwargs: Any) -> None:
+    backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    if backend is None or not config.changes_base_weights:
+        return
+    what = f"{name!r} is quantized ({backend.backend_name})"
+    if config.base_init is not None:
         raise ValueError(
-            f"{name!r} is quantized ({layer.weight.dtype}): folding (merge_interval={config.merge_interval}) or "
-            f"drawing (base_init={config.base_init!r}) its weight would requantize it. Use merge_interval=0 and "
-            "base_init=None."
+            f"{what}: base_init={config.base_init!r} would draw a weight that nothing was quantized from. Pass "
+            "base_init=None, or load the base unquantized."
         )
+    if not config.allow_requantize:
+        raise ValueError(
+            f"{what}: merge_interval={config.merge_interval} would quantize its weight anew at every fold, which adds "
+            "an error each time. Use merge_interval=0, or accept the error with allow_requantize=True."
+        )
+    if config.keep_initial_weights:
+        raise ValueError(
+            f"{what}: keep_initial_weights=True cannot run it with another weight. Use a separate copy of the model "
+            "as reference (in TRL: ref_model=...)."
+        )
+    quantized = quantized_format(backend)
+    if quantized is None:
+        raise ValueError(
+            f"{what}, whose weight cannot be read and quantized anew. Use merge_interval=0, add it to "
+            "exclude_modules, or quantize the base with bitsandbytes or torchao."
+        )
+    quantized.check_can_requantize(name, layer)
 
 
 def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[str]:

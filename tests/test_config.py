@@ -59,6 +59,7 @@ BAD = {
         "modules_to_save=['score']",
     ),
     "keep_initial_weights-without-folds": ({"keep_initial_weights": True}, "keep_initial_weights=True"),
+    "allow_requantize-without-folds": ({"allow_requantize": True}, "allow_requantize=True"),
     "keep_initial_weights-and-train_rest": (
         {"keep_initial_weights": True, "train_rest": True, "merge_interval": 10},
         "keep_initial_weights=True",
@@ -77,6 +78,7 @@ GOOD = {
     "layers_pattern": {"layers_to_transform": 0, "layers_pattern": "blocks"},
     "largest-seed": {"seed": 2**63 - 1},
     "keep_initial_weights": {"merge_interval": 10, "keep_initial_weights": True},
+    "allow_requantize": {"merge_interval": 10, "allow_requantize": True},
 }
 
 # Every field of the method away from its default in one of them, as far as they go together.
@@ -92,6 +94,7 @@ FILLED = {
         "keep_initial_weights": True,
         "memory_efficient": True,
         "compensated_folds": False,
+        "allow_requantize": True,
         "seed": 2**40 + 1,
         "init_weights": False,
         "target_modules": ["q_proj", "v_proj"],

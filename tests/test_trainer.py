@@ -200,6 +200,7 @@ FOLD_KEYS = {
     "poet/orthogonality_error",
     "poet/max_rotation_angle",
     "poet/spectral_drift",
+    "poet/requantization_error",
     "poet/states_reset",
 }
 
