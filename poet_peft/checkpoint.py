@@ -122,10 +122,10 @@ def load_base_tensors(
                 )
     for name, layer in layers.items():
         others = [other for other in layer.poet_schedule if other != adapter_name]
-        keys = [f"{name}.base_layer.{part}" for part in layer.base_parts_to_save]
-        if not (others or layer.merged) or not required.issuperset(keys):
-            continue
-        if not all(torch.equal(tensors[key].to(current[key]), current[key]) for key in keys):
+        keys = [key for key in required if key.startswith(f"{name}.base_layer.weight")]
+        if (others or layer.merged) and not all(
+            _same_bits(tensors[key].to(current[key]), current[key]) for key in keys
+        ):
             what = f"the adapters {others}" if others else f"the merged adapters {layer.merged_adapters}"
             raise POETCheckpointError(
                 f"the file holds a base weight of {name!r} that differs from the model's, on which {what} are built. "
@@ -144,6 +144,11 @@ def quantized_parts(name: str, layer: POETLayer) -> dict[str, Tensor]:
         return {}
     parts = layer.quantized_format.parts(layer.get_base_layer())
     return {f"{name}.base_layer.{part}": tensor for part, tensor in parts.items()}
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    """Equality also of packed values that are stored as if they were floats, where some are NaN."""
+    return torch.equal(x.contiguous().flatten().view(torch.uint8), y.contiguous().flatten().view(torch.uint8))
 
 
 def _check_quantized(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
