@@ -12,7 +12,7 @@ from .config import POETConfig
 from .errors import POETCheckpointError
 from .layer import POETLayer
 from .precision import join, nothing_cut_off, split
-from .quantization import CONSTANT_PARTS
+from .quantization import CONSTANT_PARTS, overwrite
 
 
 def check_adapter_tensors(
@@ -131,10 +131,11 @@ def load_base_tensors(
                 f"the file holds a base weight of {name!r} that differs from the model's, on which {what} are built. "
                 "Load it into a model of its own."
             )
-    with torch.no_grad():
-        for key in required:
-            if not current[key].is_meta:
-                current[key].copy_(tensors[key])
+    for key in required:
+        if not current[key].is_meta:
+            overwrite(current[key], tensors[key])
+    for layer in layers.values():
+        layer.base_weight_was_loaded()
     return {key: tensor for key, tensor in tensors.items() if key not in required or current[key].is_meta}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .base_layers import features, weight_as_matrix
 from .cache import ParameterCache, Values
 from .config import POETConfig
-from .errors import POETMergeError, POETReferenceError
+from .errors import POETCheckpointError, POETMergeError, POETReferenceError
 from .ops import reference
 from .ops.paths import choose_path, poet_linear
 from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
@@ -70,6 +70,7 @@ class POETLayer(BaseTunerLayer):
         self.poet_residual = BufferDict(persistent=True)
         self.register_buffer("poet_initial_weight", None, persistent=False)
         self._unmerged_parts: dict[str, Tensor] | None = None
+        self._may_lack_folds = False
         self._trains_rest = False
         self._folds_ahead = False  # set by POETCallback while it trains
         self._periodic_adapters: set[str] = set()
@@ -110,6 +111,7 @@ class POETLayer(BaseTunerLayer):
             if config.compensated_folds and self.quantization_backend is None:
                 self._compensated_adapters.add(adapter_name)
                 self._ensure_residual(adapter_name)
+            self._may_lack_folds |= config._is_from_file and self.quantized_format is not None
         if config.keep_initial_weights and self.poet_initial_weight is None:
             self.poet_initial_weight = self.get_base_layer().weight.detach().clone()
 
@@ -301,12 +303,34 @@ class POETLayer(BaseTunerLayer):
         self._unmerged_parts = None
         self.merged_adapters.clear()
 
+    def base_weight_was_loaded(self) -> None:
+        """The base weight is now the one that belongs to the rotations."""
+        self._may_lack_folds = False
+
+    def check_base_weight_was_loaded(self) -> None:
+        """Refuse to compute with folded rotations around a quantized weight that they were not folded into.
+
+        transformers' own loader reads the rotations of a file, but can give a layer only plain weights.
+
+        Raises:
+            POETCheckpointError: names the module and the loader to use.
+        """
+        if not self._may_lack_folds:
+            return
+        if any(self.num_folds(name) for name in self.poet_schedule):
+            raise POETCheckpointError(
+                f"the adapter was folded into the quantized weight of {self.module_name!r}, which was not loaded with "
+                "it. Load the adapter with PeftModel.from_pretrained(base, directory)."
+            )
+        self._may_lack_folds = False
+
     def check_mergeable(self) -> None:
         """Refuse to merge into a weight that cannot be read or written.
 
         Raises:
             ValueError: names the module, the library that quantized it, and the way out.
         """
+        self.check_base_weight_was_loaded()
         if self.quantization_backend is not None and self.quantized_format is None:
             raise ValueError(
                 f"{self.module_name!r} is quantized by {self.quantization_backend.backend_name}, which cannot take "
@@ -387,6 +411,7 @@ class POETLayer(BaseTunerLayer):
                 f"{self.module_name!r} has the adapter {self.merged_adapters} merged into its weight, so its "
                 "rotations cannot be folded into it a second time. Call unmerge_adapter() first."
             )
+        self.check_base_weight_was_loaded()
         adapters = list(self.poet_schedule.keys())
         if len(adapters) > 1:
             raise POETMergeError(
@@ -535,6 +560,7 @@ class Linear(nn.Module, POETLayer):
             if self.merged:
                 self.unmerge()
             return self._original_forward(x, *args, **kwargs)
+        self.check_base_weight_was_loaded()
         if self.merged or not self._active_here():
             return self.base_layer(x, *args, **kwargs)
         return self._rotated_forward(x, *args, **kwargs)

@@ -9,7 +9,7 @@ of the layer, and writing the same parts into a layer of the same format gives t
 | with double quantization | also `weight.nested_absmax`, `weight.nested_offset`, `weight.nested_quant_map` |
 | bitsandbytes 8-bit | `weight` (int8), `weight.SCB` |
 | torchao | `weight.` and the names of the tensor subclass's own tensors, such as `weight.qdata`, `weight.scale` |
-| HQQ | `weight.W_q`, `weight.scale`, `weight.zero` |
+| HQQ | `weight.W_q`, and `weight.` and the names of the tensors in the layer's `meta`, such as `weight.scale` |
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ class QuantizedFormat:
         """The dtype in which the library reads a matrix to quantize it; what overflows it cannot be stored."""
         return torch.float32
 
-    @torch.no_grad()
     def write(self, layer: nn.Module, parts: dict[str, Tensor]) -> None:
         """Give the layer another weight of the same format, in place."""
         for name, part in self.parts(layer).items():
-            part.copy_(parts[name])
+            overwrite(part, parts[name])
 
     def check_can_requantize(self, name: str, layer: nn.Module) -> None:
         """Refuse a layer whose weight does not come out in its own format when it is quantized anew.
@@ -172,20 +171,28 @@ class Torchao(QuantizedFormat):
 
 class HQQ(QuantizedFormat):
     def parts(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {"weight.W_q": layer.W_q.data, "weight.scale": layer.meta["scale"], "weight.zero": layer.meta["zero"]}
+        return {"weight.W_q": layer.W_q.data, **_tensors_in("weight", layer.meta)}
 
     def dequantize(self, layer: nn.Module) -> Tensor:
         return at_least_fp32(layer.dequantize())
 
     def quantize(self, layer: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
         settings = copy.deepcopy(layer.quant_config)
+        with_offload = {**settings, "offload_meta": layer.offload_meta}
         # Without a linear layer to take over it is empty: `quantize` fills it.
-        other = type(layer)(None, settings, compute_dtype=layer.compute_dtype, device=layer.device)
+        other = type(layer)(None, with_offload, compute_dtype=layer.compute_dtype, device=layer.device)
         other.quantize(matrix, **settings)
         return self.parts(other)
 
     def range_dtype(self, layer: nn.Module) -> torch.dtype:
         return layer.compute_dtype
+
+
+@torch.no_grad()
+def overwrite(part: Tensor, value: Tensor) -> None:
+    """Copy into a tensor that may have been made in inference mode, as HQQ's are."""
+    with torch.inference_mode(part.is_inference()):
+        part.copy_(value)
 
 
 def quantized_format(backend: QuantizationBackend | None) -> QuantizedFormat | None:
@@ -255,6 +262,16 @@ def _inner_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
     for inner in tensor.__tensor_flatten__()[0]:
         parts.update(_inner_tensors(f"{name}.{inner}", getattr(tensor, inner)))
     return parts
+
+
+def _tensors_in(name: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found.update(_tensors_in(f"{name}.{key}", value))
+        elif isinstance(value, Tensor):
+            found[f"{name}.{key}"] = value
+    return found
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:

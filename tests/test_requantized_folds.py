@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import relative_error
 from models import adamw, llama, logits, poet_config, state, step, tokens, train, wrap
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from quantized import (
     assert_same,
     dequantized,
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from poet_peft import POETCallback, POETCheckpointError, POETMergeError, merge_and_reinitialize
+from poet_peft import POETCallback, POETCheckpointError, POETConfig, POETMergeError, merge_and_reinitialize
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -268,6 +268,27 @@ def test_file_loads_into_a_model_that_ran(name, tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
+@for_every_format
+def test_loader_of_transformers_does_not_pass_an_unfolded_base_off_as_the_model(name, tmp_path):
+    folded(name).save_pretrained(tmp_path)
+    model = quantized_llama(name)
+    if name.startswith(("nf4", "fp4")):
+        with pytest.raises(AttributeError):  # of transformers itself
+            model.load_adapter(tmp_path)
+        return
+    model.load_adapter(tmp_path)
+    with pytest.raises(POETCheckpointError, match="'model.layers.0.self_attn.q_proj', which was not loaded with it"):
+        logits(model)
+
+
+@for_every_format
+def test_configuration_of_a_file_starts_a_new_adapter(name, tmp_path):
+    folded(name).save_pretrained(tmp_path)
+    model = get_peft_model(quantized_llama(name), POETConfig.from_pretrained(tmp_path, inference_mode=False))
+    merge_and_reinitialize(model)
+    assert logits(model).isfinite().all()
+
+
 class Tokens(Dataset):
     def __len__(self):
         return 8
@@ -311,6 +332,40 @@ def test_log_has_the_error_of_each_fold(tmp_path):
     }
     assert errors.keys() == {2, 4, 6}
     assert all(0.01 < error < 0.2 for error in errors.values())
+
+
+# HQQ is tested where it is installed; transformers itself does not load it onto a CPU
+
+
+def hqq_llama():
+    hqq = pytest.importorskip("hqq.core.quantize")
+    base = llama(hidden_size=128, intermediate_size=192, attention_bias=True)
+    for layer in base.model.layers:
+        for name, linear in list(layer.self_attn.named_children()):
+            settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+            setattr(layer.self_attn, name, hqq.HQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu"))
+    return base
+
+
+def test_hqq(tmp_path):
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    base = hqq_llama()
+    assert torch.equal(logits(wrap(hqq_llama(), init_weights=True, target_modules=targets)), logits(base))
+
+    model = wrap_to_fold(hqq_llama(), target_modules=targets)
+    before, expected = parts(model), logits(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_same(parts(model), before)
+    assert torch.equal(logits(model), expected)
+
+    optimizer = train(model, 1)
+    assert 0 < merge_and_reinitialize(model, optimizer).requantization_error < 0.2
+    train(model, 1, optimizer)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(hqq_llama(), tmp_path)
+    assert_same(parts(loaded), parts(model))
+    assert torch.equal(logits(loaded), logits(model))
 
 
 # Files that do not fit: nothing of them is loaded
