@@ -50,8 +50,9 @@ class POETConfig(PeftConfig):
             more a weight, so that singular values drift as little as in fp32. Without it they drift by about 5e-3 in
             200 folds. No effect on fp32 weights, or with `merge_interval=0`.
         allow_requantize: fold into a quantized base too: dequantize, fold, quantize anew in the same format, as
-            POET-XQ does (arXiv 2603.05500). Every fold then adds the error of a quantization, see `MergeReport`. No
-            effect on weights that are not quantized.
+            POET-XQ does (arXiv 2603.05500). Every fold then adds the error of a quantization, see `MergeReport`: up to
+            0.09 of the weight's norm in 4 bits, 0.007 in 8. A fold that moves the weight by less than that is largely
+            rounded away, so fold rarely. No effect on weights that are not quantized.
         seed: of permutations, index sets and `base_init`.
         init_weights: True starts at the identity. False starts at random rotations, for tests.
         target_modules: names of the layers to rotate, a regular expression, or "all-linear". None = PEFT's defaults

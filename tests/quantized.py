@@ -31,6 +31,8 @@ FORMATS = {
     "torchao-int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
 }
 for_every_format = pytest.mark.parametrize("name", FORMATS)
+# Where the format makes no other difference than the library.
+for_every_library = pytest.mark.parametrize("name", ["nf4-double", "int8", "torchao-int8"])
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from quantized import (
     assert_same,
     dequantized,
     for_every_format,
+    for_every_library,
     fresh_quantization_error,
     parts,
     quantized_llama,
@@ -141,7 +142,7 @@ def test_gradients_reach_the_rotations_only(name):
     assert all(grad.abs().sum() > 0 for grad in grads.values())
 
 
-@for_every_format
+@for_every_library
 def test_training_lowers_the_loss_and_leaves_the_base(name):
     model = wrap(quantized_llama(name), init_weights=True).train()
     before = parts(model)
@@ -161,7 +162,7 @@ def test_evaluation_takes_no_gradient_away(name, targets):
     assert_same(gradients(model.train()), before)
 
 
-@for_every_format
+@for_every_library
 def test_gradient_checkpointing_changes_no_gradient(name):
     model = wrap(quantized_llama(name)).train()
     expected = gradients(model)
@@ -170,7 +171,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
     assert_same(gradients(model), expected)
 
 
-@for_every_format
+@for_every_library
 def test_prepare_model_for_kbit_training(name):
     base = prepare_model_for_kbit_training(quantized_llama(name, torch.bfloat16))
     model = wrap(base, init_weights=True).train()
@@ -244,7 +245,7 @@ def test_merged_model_computes_with_its_new_weight(name):
     assert relative_error(layer(x), expected) < 2e-6
 
 
-@for_every_format
+@for_every_library
 def test_safe_merge_refuses_nan_and_changes_nothing(name):
     model = wrap(quantized_llama(name))
     before = parts(model)
@@ -268,7 +269,7 @@ def test_merged_model_saves_and_loads_without_poet(name, tmp_path):
 # Operations
 
 
-@for_every_format
+@for_every_library
 def test_file_brings_the_same_logits_back(name, tmp_path):
     model = wrap(quantized_llama(name))
     model.save_pretrained(tmp_path)
@@ -287,7 +288,7 @@ def test_disabled_and_unloaded_it_is_the_quantized_base(name):
     assert torch.equal(logits(model.unload()), expected)
 
 
-@for_every_format
+@for_every_library
 def test_several_adapters_compose(name):
     model = wrap(quantized_llama(name)).train()
     model.add_adapter("second", poet_config())
@@ -302,7 +303,7 @@ def test_several_adapters_compose(name):
     assert relative_error(layer(x), x.double() @ weight.T + layer.get_base_layer().bias.double()) < 2e-6
 
 
-@for_every_format
+@for_every_library
 def test_copy_of_a_merged_model_unmerges_by_itself(name):
     model = wrap(quantized_llama(name))
     before, expected = parts(model), logits(model)

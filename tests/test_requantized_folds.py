@@ -9,6 +9,7 @@ from quantized import (
     assert_same,
     dequantized,
     for_every_format,
+    for_every_library,
     fresh_quantization_error,
     parts,
     quantized_llama,
@@ -46,19 +47,19 @@ def file_of(directory):
 # What is refused
 
 
-@for_every_format
+@for_every_library
 def test_folds_need_permission(name):
     with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' is quantized .* allow_requantize=True"):
         wrap_to_fold(quantized_llama(name), allow_requantize=False)
 
 
-@for_every_format
+@for_every_library
 def test_initial_weights_are_not_drawn(name):
     with pytest.raises(ValueError, match="is quantized .* base_init='normalized' .* load the base unquantized"):
         wrap_to_fold(quantized_llama(name), base_init="normalized")
 
 
-@for_every_format
+@for_every_library
 def test_initial_weights_are_not_kept(name):
     with pytest.raises(ValueError, match="is quantized .* keep_initial_weights=True .* separate copy"):
         wrap_to_fold(quantized_llama(name), keep_initial_weights=True)
@@ -153,7 +154,7 @@ def test_report_of_a_plain_base_has_no_such_error():
     assert merge_and_reinitialize(model).requantization_error == 0.0
 
 
-@for_every_format
+@for_every_library
 def test_fold_changes_the_output_by_the_error_only(name):
     model = wrap_to_fold(quantized_llama(name)).train()
     before = logits(model)
@@ -172,7 +173,7 @@ def test_fold_of_the_identity_changes_no_value(name):
     )
 
 
-@for_every_format
+@for_every_library
 def test_training_goes_on_after_folds(name):
     model = wrap_to_fold(quantized_llama(name), init_weights=True).train()
     optimizer = adamw(model)
@@ -183,7 +184,7 @@ def test_training_goes_on_after_folds(name):
     assert losses[-1] < 0.95 * losses[0]
 
 
-@for_every_format
+@for_every_library
 def test_fold_of_a_broken_rotation_changes_nothing(name):
     model = wrap_to_fold(quantized_llama(name))
     before = parts(model)
@@ -204,8 +205,17 @@ def test_compensation_leaves_quantized_weights_alone():
 
 
 @for_every_format
-@pytest.mark.parametrize("adapter_name", ["default", "weight", "absmax"])
-def test_file_brings_exactly_this_weight_back(name, adapter_name, tmp_path):
+def test_file_brings_exactly_this_weight_back(name, tmp_path):
+    save_and_compare(name, "default", tmp_path)
+
+
+@for_every_library
+@pytest.mark.parametrize("adapter_name", ["weight", "SCB"])
+def test_adapter_may_be_called_like_a_part(name, adapter_name, tmp_path):
+    save_and_compare(name, adapter_name, tmp_path)
+
+
+def save_and_compare(name, adapter_name, tmp_path):
     model = wrap_to_fold(quantized_llama(name), adapter_name=adapter_name).train()
     optimizer = train(model, 1)
     merge_and_reinitialize(model, optimizer)
@@ -218,7 +228,7 @@ def test_file_brings_exactly_this_weight_back(name, adapter_name, tmp_path):
         assert torch.equal(logits(loaded.train(mode)), logits(model.train(mode)))
 
 
-@for_every_format
+@for_every_library
 def test_file_of_a_bf16_model(name, tmp_path):
     model = wrap_to_fold(quantized_llama(name, torch.bfloat16))
     merge_and_reinitialize(model)
@@ -237,7 +247,7 @@ def test_file_that_is_saved_after_evaluation_is_the_same(name, tmp_path):
     assert_same(load_file(file_of(tmp_path / "after")), load_file(file_of(tmp_path / "before")))
 
 
-@for_every_format
+@for_every_library
 def test_file_that_is_saved_while_merged_holds_the_unmerged_weight(name, tmp_path):
     model = folded(name)
     model.save_pretrained(tmp_path / "before")
@@ -246,7 +256,7 @@ def test_file_that_is_saved_while_merged_holds_the_unmerged_weight(name, tmp_pat
     assert_same(load_file(file_of(tmp_path / "merged")), load_file(file_of(tmp_path / "before")))
 
 
-@for_every_format
+@for_every_library
 def test_file_with_everything_else_that_trains(name, tmp_path):
     model = wrap_to_fold(quantized_llama(name), train_rest=True, target_modules=["q_proj", "up_proj"]).train()
     optimizer = train(model, 1)
@@ -268,7 +278,7 @@ def test_file_loads_into_a_model_that_ran(name, tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
-@for_every_format
+@for_every_library
 def test_loader_of_transformers_does_not_pass_an_unfolded_base_off_as_the_model(name, tmp_path):
     folded(name).save_pretrained(tmp_path)
     model = quantized_llama(name)
@@ -281,7 +291,7 @@ def test_loader_of_transformers_does_not_pass_an_unfolded_base_off_as_the_model(
         logits(model)
 
 
-@for_every_format
+@for_every_library
 def test_configuration_of_a_file_starts_a_new_adapter(name, tmp_path):
     folded(name).save_pretrained(tmp_path)
     model = get_peft_model(quantized_llama(name), POETConfig.from_pretrained(tmp_path, inference_mode=False))
@@ -312,7 +322,7 @@ def trainer_of(model, directory):
     return Trainer(model, arguments, train_dataset=Tokens(), callbacks=[POETCallback()])
 
 
-@for_every_format
+@for_every_library
 def test_resumed_run_ends_bit_equal(name, tmp_path):
     model = wrap_to_fold(quantized_llama(name), merge_interval=2)
     trainer_of(model, tmp_path).train()
@@ -415,14 +425,14 @@ def test_file_of_another_format_is_refused(of_file, of_model, match, tmp_path):
     refused(of_model, tmp_path, match)
 
 
-@for_every_format
+@for_every_library
 def test_file_of_a_plain_base_is_refused(name, tmp_path):
     plain = {"hidden_size": 128, "intermediate_size": 192, "attention_bias": True, "mlp_bias": True}
     wrap(llama(**plain), "periodic", allow_requantize=True).save_pretrained(tmp_path)
     refused(name, tmp_path, "lacks base weights")
 
 
-@for_every_format
+@for_every_library
 def test_plain_base_refuses_the_file(name, tmp_path):
     folded(name).save_pretrained(tmp_path)
     plain = {"hidden_size": 128, "intermediate_size": 192, "attention_bias": True, "mlp_bias": True}
@@ -437,7 +447,7 @@ def test_packed_values_of_another_dtype_are_refused(tmp_path):
     refused("nf4-stored-as-bf16", tmp_path, "quantized weights of another dtype: .*float16")
 
 
-@for_every_format
+@for_every_library
 def test_file_does_not_change_a_weight_that_another_adapter_stands_on(name, tmp_path):
     folded(name).save_pretrained(tmp_path)
     model = wrap_to_fold(quantized_llama(name))
