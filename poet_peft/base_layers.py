@@ -20,7 +20,8 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs) -> None:
     if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, _NEVER_CALLED):
         return
     backend = resolve_quantization_backend(layer, **quantization_kwargs)
-    if backend is not None and backend.layer_type == "linear":
+    # TransformerEngine's layers normalise their input first, which a rotation of it would change.
+    if backend is not None and backend.layer_type == "linear" and backend.backend_name != "te":
         return
     raise TypeError(
         f"POET cannot rotate {name!r} of type {type(layer).__name__}: only torch.nn.Linear (also quantized) and "

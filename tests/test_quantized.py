@@ -370,6 +370,15 @@ def test_forward_only_layer_is_rotated_through_its_activations(packed):
     assert all(rotation.weight.grad.abs().sum() > 0 for rotation in layer.rotations("default"))
 
 
+def test_layer_that_normalises_its_input_is_refused(packed, monkeypatch):
+    from cases import wrap
+
+    backend = ForwardOnlyQuantizationBackend("te")
+    monkeypatch.setattr(poet_peft.base_layers, "resolve_quantization_backend", lambda layer, **kwargs: backend)
+    with pytest.raises(TypeError, match="POET cannot rotate 'layer' of type PackedLinear"):
+        wrap(packed, Case("packed").config())
+
+
 def test_forward_only_layer_refuses_a_merge(packed):
     from cases import wrap
 

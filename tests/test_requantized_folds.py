@@ -29,7 +29,7 @@ def wrap_to_fold(base, **overrides):
     return wrap(base, "periodic", **{"allow_requantize": True, **overrides})
 
 
-def folded(name, num_folds=2, **overrides):
+def folded(name, num_folds=1, **overrides):
     """A model that was trained and folded, with rotations again on top."""
     model = wrap_to_fold(quantized_llama(name), **overrides).train()
     optimizer = adamw(model)
@@ -86,7 +86,7 @@ def _Float8():
 
 
 def test_after_a_fold_the_quantized_base_is_gone():
-    model = folded("nf4", num_folds=1)
+    model = folded("nf4")
     with pytest.raises(RuntimeError, match="disable_adapter cannot give the original model"), model.disable_adapter():
         pass
 
@@ -210,6 +210,15 @@ def test_file_brings_exactly_this_weight_back(name, tmp_path):
 
 
 @for_every_library
+def test_file_loads_with_little_memory(name, tmp_path):
+    model = folded(name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized_llama(name), tmp_path, low_cpu_mem_usage=True)
+    assert_same(parts(loaded), parts(model))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@for_every_library
 @pytest.mark.parametrize("adapter_name", ["weight", "SCB"])
 def test_adapter_may_be_called_like_a_part(name, adapter_name, tmp_path):
     save_and_compare(name, adapter_name, tmp_path)
@@ -267,7 +276,7 @@ def test_file_with_everything_else_that_trains(name, tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
 
-@for_every_format
+@for_every_library
 def test_file_loads_into_a_model_that_ran(name, tmp_path):
     """In 8 bits a forward moves the scales to another place; in 4 bits it must not repack."""
     model = folded(name)
@@ -398,7 +407,7 @@ def edit(directory, change):
     save_file(tensors, file_of(directory), metadata={"format": "pt"})
 
 
-@for_every_format
+@for_every_library
 def test_file_without_a_part_is_refused(name, tmp_path):
     model = folded(name)
     model.save_pretrained(tmp_path)
