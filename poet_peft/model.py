@@ -141,6 +141,13 @@ class POETModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if any(parameter.is_meta for name, parameter in new_module.named_parameters() if name.startswith("poet_")):
+            # Low-memory loading: PEFT would move an 8-bit layer's rotations, which have no data yet.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for adapter_name in self.active_adapters:

@@ -145,7 +145,8 @@ def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig, **qu
             f"{what}, whose weight cannot be read and quantized anew. Use merge_interval=0, add it to "
             "exclude_modules, or quantize the base with bitsandbytes or torchao."
         )
-    quantized.check_can_requantize(name, layer)
+    if not config._is_from_file:  # what is in a file was quantized anew; in low-memory loading nothing else can be
+        quantized.check_can_requantize(name, layer)
 
 
 def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[str]:
