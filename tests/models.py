@@ -65,11 +65,12 @@ def gpt2(seed=0):
     return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=48, n_layer=2, n_head=4, n_positions=64)).eval()
 
 
-def bert_classifier(seed=0):
+def bert_classifier(seed=0, **overrides):
     """A classifier with biases, dropout and several embeddings."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=3)).eval()
+    settings = {**sizes, "num_attention_heads": 4, "num_labels": 3, **overrides}
+    return BertForSequenceClassification(BertConfig(**settings)).eval()
 
 
 def _package_folder(module):

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import llama
+from models import bert_classifier, llama
 from peft import AutoPeftModelForCausalLM
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -154,3 +155,75 @@ def test_finetune_default_model(tmp_path):
     assert metrics["parameters"]["trained"] == 305_280 * 31 // 2
     assert metrics["eval_loss"] < metrics["eval_loss_before"] < 4
     assert metrics["versions"]["poet_peft"] == poet_peft.__version__
+
+
+@pytest.fixture(scope="module")
+def tiny_classifier(tmp_path_factory):
+    """A folder with a tiny BERT and a tokenizer, and sentences whose label is their first word."""
+    directory = tmp_path_factory.mktemp("tiny-classifier")
+    tokenizer = byte_tokenizer()
+    bert_classifier(vocab_size=len(tokenizer), num_labels=2).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    rows = [f"{word} movie number {i}\t{word}" for i in range(64) for word in ("good", "bad")]
+    (directory / "train.tsv").write_text("\n".join(rows[:96]))
+    (directory / "test.tsv").write_text("\n".join(rows[96:]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def classified(tiny_classifier, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("classified")
+    files = ["--data", tiny_classifier / "train.tsv", "--test_data", tiny_classifier / "test.tsv"]
+    small = ["--model", tiny_classifier / "model", "--block_size", 8, "--poet_lr", 1e-2, "--num_train_epochs", 8]
+    return output_dir, *run("classify.py", *files, *small, "--output_dir", output_dir)
+
+
+@pytest.mark.slow
+def test_classify_learns(classified):
+    _, metrics, printed = classified
+    assert metrics["eval_accuracy_before"] < 0.8 < metrics["eval_accuracy"]
+    assert f"accuracy      {metrics['eval_accuracy_before']:.4f} -> {metrics['eval_accuracy']:.4f}" in printed
+
+
+@pytest.mark.slow
+def test_classify_saves_the_head_with_the_adapter(classified):
+    output_dir, metrics, _ = classified
+    with safe_open(output_dir / "adapter_model.safetensors", "pt") as file:
+        heads = [name for name in file.keys() if "classifier" in name]  # noqa: SIM118
+    assert [name.rpartition(".")[2] for name in sorted(heads)] == ["bias", "weight"]
+    assert metrics["labels"] == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "first"),
+    [
+        ("two.tsv", 'a "good" one\t1\n', ["text"], {"text": 'a "good" one', "label": "1"}),
+        ("named.tsv", "sentence\tlabel\nfine\t0\n", ["sentence"], {"sentence": "fine", "label": "0"}),
+        ("pair.csv", 'a,label,b\n"one, two",yes,three\n', ["a", "b"], {"a": "one, two", "label": "yes", "b": "three"}),
+    ],
+)
+def test_classify_reads_files(tmp_path, name, content, columns, first):
+    (tmp_path / name).write_text(content)
+    data, found = load("classify.py").read_file(tmp_path / name)
+    assert (found, data[0]) == (columns, first)
+
+
+def test_classify_refuses_rows_that_do_not_fit(tmp_path):
+    (tmp_path / "data.csv").write_text("good,1\nbad,and,worse,0\n")
+    with pytest.raises(SystemExit, match="data.csv has a row that is not text, label: .*worse"):
+        load("classify.py").read_file(tmp_path / "data.csv")
+
+
+def test_classify_refuses_labels_that_were_not_trained(tmp_path):
+    (tmp_path / "train.csv").write_text("good,1\nbad,0\n")
+    (tmp_path / "test.csv").write_text("fine,2\n")
+    example = load("classify.py")
+    args = example.ExampleArguments(data=str(tmp_path / "train.csv"), test_data=str(tmp_path / "test.csv"))
+    with pytest.raises(SystemExit, match=r"has labels that .* has not: \['2'\]"):
+        example.read_data(args)
+
+
+def test_classify_says_how_to_do_without_a_hub():
+    example = load("classify.py")
+    with pytest.raises(SystemExit, match=r"--data train\.tsv"):
+        example.read_data(example.ExampleArguments(task="mrpc"))
