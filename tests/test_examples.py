@@ -227,3 +227,11 @@ def test_classify_says_how_to_do_without_a_hub():
     example = load("classify.py")
     with pytest.raises(SystemExit, match=r"--data train\.tsv"):
         example.read_data(example.ExampleArguments(task="mrpc"))
+
+
+def test_readme_of_the_examples_shows_every_example_and_what_its_run_said():
+    benchmarks = EXAMPLES.parent / "benchmarks"
+    result = subprocess.run([sys.executable, benchmarks / "examples.py", "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    readme = (EXAMPLES / "README.md").read_text()
+    assert all(f"[{path.name}]({path.name})" in readme for path in EXAMPLES.glob("*.py"))
