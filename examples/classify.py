@@ -135,6 +135,7 @@ def main():
     settings = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "dtype": torch.float32}
     transformers.set_seed(train_args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+    num_total = model.num_parameters()
     head = next(name for name in ("classifier", "score") if hasattr(model, name))
     config = POETConfig(
         task_type="SEQ_CLS",
@@ -187,7 +188,7 @@ def main():
         "eval_accuracy_before": before,
         "eval_rows": len(test),
         "train_rows": len(train),
-        "parameters": {"model": base.num_parameters(), "trained": num_trained},
+        "parameters": {"model": num_total, "trained": num_trained},
         "adapter_bytes": (output_dir / "adapter_model.safetensors").stat().st_size,
         "train_seconds": train_output.metrics["train_runtime"],
         "seconds": time.perf_counter() - start,
@@ -199,7 +200,7 @@ def main():
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print(f"""
 ---
-parameters    {base.num_parameters():,}, trained {num_trained:,}; file of {metrics["adapter_bytes"] / 1e6:.1f} MB
+parameters    {num_total:,}, trained {num_trained:,}; file of {metrics["adapter_bytes"] / 1e6:.1f} MB
 training      {len(train):,} rows, {metrics["train_seconds"]:.0f} s; {metrics["seconds"]:.0f} s in all
 accuracy      {before:.4f} -> {after:.4f} on {len(test):,} rows
 written to    {output_dir}""")

@@ -194,6 +194,16 @@ def test_classify_saves_the_head_with_the_adapter(classified):
     assert metrics["labels"] == ["bad", "good"]
 
 
+@pytest.mark.slow
+def test_classify_counts_the_head_once(classified):
+    _, metrics, _ = classified
+    model = bert_classifier(vocab_size=258, num_labels=2)
+    assert metrics["parameters"]["model"] == model.num_parameters()
+    # 2 layers of 4 square projections and 2 of the feed-forward, a pooler; blocks of 8 on both sides; the head
+    sides = 2 * (4 * 96 + 2 * 128) + 96
+    assert metrics["parameters"]["trained"] == sides * 7 // 2 + 2 * 48 + 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "columns", "first"),
     [
