@@ -58,7 +58,7 @@ class TrainArguments(transformers.TrainingArguments):
     num_train_epochs: float = 1
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
-    learning_rate: float = HfArg(default=1e-3, help="of the head")
+    learning_rate: float = HfArg(default=5e-3, help="of the head")
     warmup_steps: float = 0.1
     logging_steps: float = 10
     save_strategy: str = "no"
