@@ -18,6 +18,7 @@ from .cache import ParameterCache, Values
 from .config import POETConfig
 from .errors import POETCheckpointError, POETMergeError, POETReferenceError
 from .ops import reference
+from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
 from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
 from .precision import LOW_PRECISION, at_least_fp32, join, nothing_cut_off, split
@@ -251,14 +252,14 @@ class POETLayer(BaseTunerLayer):
         """The forward around a base layer whose weight cannot be read cheaply: `R (base(P x) - b) + b`."""
         R, P = self._tensors(self._active_here())
         for rotation in reversed(P):
-            x = reference.rotate(x, rotation)
+            x = rotate(x, rotation)
         y = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         bias = getattr(base_layer, "bias", None)
         unrotated = rotated = y if bias is None else y - bias.to(y.dtype)
         for rotation in R:
-            rotated = reference.rotate(rotated, rotation)
+            rotated = rotate(rotated, rotation)
         # The change, not the result, is put back under the bias: the identity then changes no bit.
         return rotated if bias is None else y + (rotated - unrotated)
 
