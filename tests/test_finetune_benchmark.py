@@ -18,9 +18,9 @@ def benchmark(tmp_path, monkeypatch):
     """The runner, with results in a directory of its own."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     runner = importlib.import_module("finetune")
-    monkeypatch.setattr(runner.finetune_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(runner.report, "RESULTS", tmp_path)
     yield runner
-    del sys.modules["finetune"], sys.modules["finetune_report"]
+    del sys.modules["finetune"]
 
 
 def pretend(benchmark, name, directory):
@@ -61,23 +61,23 @@ def test_runs_begin_with_the_grid_alone(benchmark):
 
 def test_best_learning_rate_is_not_at_the_edge_of_those_tried(finished):
     for name, optimum in OPTIMUM.items():
-        tried = sorted(run.rate for run in finished.finetune_report.results() if run.label == name and run.seed == 42)
+        tried = sorted(run.rate for run in finished.report.results() if run.label == name and run.seed == 42)
         assert tried[0] < optimum < tried[-1]
 
 
 def test_best_learning_rate_gets_the_second_seed(finished):
-    seconds = {run.label: run.rate for run in finished.finetune_report.results() if run.seed == 43}
+    seconds = {run.label: run.rate for run in finished.report.results() if run.seed == 43}
     assert seconds == {**OPTIMUM, "oft": 4e-4}
 
 
 def test_variants_turn_by_the_angle_of_the_best_rate(finished):
-    runs = {run.label: run.rate for run in finished.finetune_report.results()}
+    runs = {run.label: run.rate for run in finished.report.results()}
     for name, (_, block) in finished.VARIANTS.items():
         assert runs[name] * block**0.5 == pytest.approx(3e-4 * 32**0.5, rel=0.05)
 
 
 def test_report_shows_the_best_rate_and_all_rates(finished):
-    section = finished.finetune_report.section()
+    section = finished.report.section()
     assert "| LoRA, r = 16 | 0.001 | 1.042 ± 0.001 | 20.00 ± 0.00 | 2 | 4.7M | 18.9 MB | 10.0 | 4.0 GB |" in section
     assert "| untrained | | 1.500 | 20.00 |" in section
     assert "0.0003: 1.112 (20.70), 0.001: 1.042 (20.00), 0.003: 1.242 (22.00)" in section
@@ -85,5 +85,5 @@ def test_report_shows_the_best_rate_and_all_rates(finished):
 
 
 def test_picture_shows_every_method(finished, tmp_path):
-    finished.finetune_report.plot(tmp_path / "plots" / "finetune.png")
+    finished.report.plot(tmp_path / "plots" / "finetune.png")
     assert (tmp_path / "plots" / "finetune.png").stat().st_size > 10_000

@@ -107,10 +107,11 @@ def test_readme_shows_both_commands_in_the_first_screen():
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_readme_command_sets_itself_up_from_what_exists(command):
-    create, install, main = command.strip().splitlines()
+    create, install, *models, main = command.strip().splitlines()
     assert create == "python3 -m venv .venv"
     extra = re.fullmatch(r'\.venv/bin/pip install -c constraints\.txt -e "\.\[(\w+)\]"', install)[1]
     assert extra in PROJECT["optional-dependencies"]
+    assert all(line.startswith(".venv/bin/pip install -c constraints.txt --no-deps ") for line in models)
     assert main.startswith(".venv/bin/")
     for script in re.findall(r"\S+\.py\b", main):
         assert (ROOT / script).is_file()

@@ -1,1 +1,6 @@
-"""What a rotated linear layer computes: `reference` is the specification, `paths` are the ways to be faster."""
+"""What a rotated linear layer computes.
+
+`reference` is the specification. `paths` chooses between it and the faster ways, by cost: `input_centric` rotates
+activations; `effective` computes with the weight `R W P`, with two rules for the gradients of the rotations, "tangent"
+and "weight_centric", from what `prepared` computes once an optimizer step. `triton` has kernels for GPUs.
+"""

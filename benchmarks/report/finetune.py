@@ -1,7 +1,4 @@
-"""Tables and picture of the fine-tuning comparison, from what `finetune.py` kept in `results/finetune/`.
-
-python benchmarks/finetune_report.py     # prints the section in Markdown, and writes plots/finetune.png
-"""
+"""The fine-tuning comparison: the section of the main README, and its picture."""
 
 import json
 import math
@@ -10,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-BENCHMARKS = Path(__file__).parent
+BENCHMARKS = Path(__file__).parents[1]
 RESULTS = BENCHMARKS / "results" / "finetune"
 PLOT = BENCHMARKS / "plots" / "finetune.png"
 LABELS = {
@@ -127,6 +124,8 @@ def variants_table():
 
 def section():
     """The section of the README, in Markdown."""
+    if not results():
+        return "Not measured yet: run `python benchmarks/finetune.py`.\n"
     first = next(iter(results().values()))
     settings = first["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
@@ -190,8 +189,3 @@ def plot(path=PLOT):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    print(section())
-    plot()
