@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tomllib
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import poet_peft
 
@@ -92,11 +93,11 @@ def test_changelog_has_the_version():
 
 def test_constraints_pin_every_direct_dependency_within_its_bounds():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines if line[0] != "#")}
     requirements = map(Requirement, PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), []))
     for requirement in requirements:
         if requirement.name != PROJECT["name"]:
-            assert pins[requirement.name] in requirement.specifier
+            assert pins[canonicalize_name(requirement.name)] in requirement.specifier
 
 
 def test_readme_shows_both_commands_in_the_first_screen():
