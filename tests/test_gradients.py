@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     PLAIN,
+    Case,
     TwoLayers,
     for_cases,
     for_every_case,
@@ -96,6 +97,22 @@ def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, m
         actual = gradients(layer, x)
     assert bool(used) == is_used
     assert all(relative_error(actual[name], expected[name]) < (1e-5 if is_used else 1e-12) for name in expected)
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_output_that_is_written_to_in_place_is_refused_or_not_needed(memory_efficient):
+    case = Case("wide", 96, 64, block_size=16, bias=False)
+    _, layer = rotated(case, memory_efficient=memory_efficient)
+    x = inputs(case, 200).requires_grad_()
+    loss = layer(x).relu_().sum()
+    if memory_efficient:
+        loss.backward()
+        written, x.grad = x.grad, None
+        layer(x).relu().sum().backward()
+        assert torch.equal(written, x.grad)
+    else:
+        with pytest.raises(RuntimeError, match="memory_efficient=True"):
+            loss.backward()
 
 
 @for_every_path

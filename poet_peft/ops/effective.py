@@ -102,7 +102,7 @@ class _EffectiveLinear(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, upper_R, upper_P, index_R, index_P, effective, y = ctx.saved_tensors
+    x, weight, upper_R, upper_P, index_R, index_P, effective, y = _saved_tensors(ctx)
     prepared = ctx.prepared
     if prepared is None:
         R, P = _parameters(index_R, upper_R, ctx.map_R), _parameters(index_P, upper_P, ctx.map_P)
@@ -128,6 +128,19 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if needs_P:
         grad_P = ctx.map_P.pull_back(prepared.P.blocks, prepared.P.offsets, blocks_P).to(upper_P.dtype)
     return grad_x.to(x.dtype) if needs_x else None, None, grad_bias, grad_R, grad_P, *[None] * 7
+
+
+def _saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if ctx.tangent and "inplace operation" in str(error):
+            raise RuntimeError(
+                "a tensor that a rotated layer needs in its backward was written to in place, such as its output by "
+                "ReLU(inplace=True). Write to a copy, or pass POETConfig(memory_efficient=True), which does not need "
+                "the output."
+            ) from error
+        raise
 
 
 def _parameters(index: Tensor | None, upper: Tensor | None, block_map: BlockMap | None) -> RotationParameters | None:
