@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .ops import reference
+from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
+
 
 _num_optimizer_steps = 0
 _hook_is_registered = False
@@ -83,10 +86,52 @@ class ParameterCache:
         return values
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterCache:
-        return ParameterCache()
+        return type(self)()
 
     def __reduce__(self) -> tuple[type[ParameterCache], tuple[()]]:
-        return ParameterCache, ()
+        return type(self), ()
+
+
+class RotationCache(ParameterCache):
+    """What is computed of a layer's rotations once an optimizer step.
+
+    Rotations are those of the active adapters, by side, the first adapter's first. The weight has shape (out, in).
+    """
+
+    def effective_weight(
+        self, weight: Tensor, R: Sequence[RotationParameters], P: Sequence[RotationParameters]
+    ) -> Tensor:
+        """`R_n ... R_1 W P_1 ... P_n`."""
+
+        def compute() -> Tensor:
+            if len(R) > 1 or len(P) > 1:
+                return reference.effective_weight(weight, [r.tensors() for r in R], [p.tensors() for p in P])
+            return prepare(weight, R[0] if R else None, P[0] if P else None, with_inverses=False).weight
+
+        return self._rotation_values(weight, R, P).get("effective", compute)
+
+    def preparation(
+        self, weight: Tensor, R: Sequence[RotationParameters], P: Sequence[RotationParameters], with_inverses: bool
+    ) -> Prepared:
+        """Of one adapter, for a forward that may be followed by a backward."""
+        uppers = [rotation.upper for rotation in (*R, *P) if rotation.upper.requires_grad]
+        is_in_backward = torch._C._current_graph_task_id() != -1
+        if uppers and not is_in_backward and not any(upper.is_leaf and upper.grad is not None for upper in uppers):
+            # The first micro-batch of a step. An optimizer that is not one of torch's leaves no other trace.
+            self.clear()
+        values = self._rotation_values(weight, R, P)
+        sides = values.get(
+            f"sides, {with_inverses=}",
+            lambda: prepare_sides(weight, R[0] if R else None, P[0] if P else None, with_inverses),
+        )
+        return Prepared(*sides, values.get("effective", lambda: effective_weight(weight, *sides)))
+
+    def _rotation_values(
+        self, weight: Tensor, R: Sequence[RotationParameters], P: Sequence[RotationParameters]
+    ) -> Values:
+        rotations = (*R, *P)
+        sources = [weight, *(tensor for rotation in rotations for tensor in (rotation.upper, rotation.index))]
+        return self.values(sources, (len(R), [rotation.block_map for rotation in rotations]))
 
 
 class Values:

@@ -14,13 +14,13 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .base_layers import features, weight_as_matrix
-from .cache import ParameterCache, Values
+from .cache import RotationCache
 from .config import POETConfig
 from .errors import POETCheckpointError, POETMergeError, POETReferenceError
 from .ops import reference
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
-from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
+from .ops.prepared import RotationParameters
 from .precision import LOW_PRECISION, at_least_fp32, join, nothing_cut_off, split
 from .primitives import partition_side
 from .quantization import quantized_format
@@ -77,7 +77,7 @@ class POETLayer(BaseTunerLayer):
         self._periodic_adapters: set[str] = set()
         self._compensated_adapters: set[str] = set()
         self._memory_efficient = False
-        self._cache = ParameterCache()
+        self._cache = RotationCache()
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -193,11 +193,11 @@ class POETLayer(BaseTunerLayer):
         keeps_weight = self._can_keep_weight(weight)
         path = choose_path(x, weight, R, P, keeps_weight, self._memory_efficient)
         if keeps_weight and not torch.is_grad_enabled() and path != "input_centric":
-            y = F.linear(x, self._kept_effective_weight(weight, R, P), base_layer.bias)
+            y = F.linear(x, self._cache.effective_weight(weight, R, P), base_layer.bias)
         else:
             prepared = None
             if keeps_weight and path in ("weight_centric", "tangent"):
-                prepared = self._kept_preparation(weight, R, P, with_inverses=path == "tangent")
+                prepared = self._cache.preparation(weight, R, P, with_inverses=path == "tangent")
             y = poet_linear(x, weight, base_layer.bias, R, P, path, self._memory_efficient, prepared)
         return y if autocasts else y.to(dtype)
 
@@ -212,35 +212,6 @@ class POETLayer(BaseTunerLayer):
             or hasattr(self, "_hf_hook")  # accelerate may take the weights away after each forward
             or some_model_is_sharded()
         )
-
-    def _kept_values(self, weight: Tensor, R: list[RotationParameters], P: list[RotationParameters]) -> Values:
-        sources = [weight, *(tensor for rotation in (*R, *P) for tensor in (rotation.upper, rotation.index))]
-        return self._cache.values(sources, tuple(self._active_here()))
-
-    def _kept_effective_weight(
-        self, weight: Tensor, R: list[RotationParameters], P: list[RotationParameters]
-    ) -> Tensor:
-        def compute() -> Tensor:
-            if len(R) > 1 or len(P) > 1:
-                return reference.effective_weight(weight, [r.tensors() for r in R], [p.tensors() for p in P])
-            return prepare(weight, R[0] if R else None, P[0] if P else None, with_inverses=False).weight
-
-        return self._kept_values(weight, R, P).get("effective", compute)
-
-    def _kept_preparation(
-        self, weight: Tensor, R: list[RotationParameters], P: list[RotationParameters], with_inverses: bool
-    ) -> Prepared:
-        uppers = [rotation.upper for rotation in (*R, *P) if rotation.upper.requires_grad]
-        is_in_backward = torch._C._current_graph_task_id() != -1
-        if uppers and not is_in_backward and not any(upper.is_leaf and upper.grad is not None for upper in uppers):
-            # The first micro-batch of a step. An optimizer that is not one of torch's leaves no other trace.
-            self._cache.clear()
-        values = self._kept_values(weight, R, P)
-        sides = values.get(
-            f"sides, {with_inverses=}",
-            lambda: prepare_sides(weight, R[0] if R else None, P[0] if P else None, with_inverses),
-        )
-        return Prepared(*sides, values.get("effective", lambda: effective_weight(weight, *sides)))
 
     def _rotate_around(
         self,
@@ -577,7 +548,7 @@ class Linear(nn.Module, POETLayer):
 
     def _replicate_for_data_parallel(self) -> Linear:
         replica = super()._replicate_for_data_parallel()
-        replica._cache = ParameterCache()
+        replica._cache = RotationCache()
         return replica
 
     def __repr__(self) -> str:

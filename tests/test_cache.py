@@ -15,6 +15,7 @@ from models import adamw, llama, step, tokens, wrap
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import poet_peft.cache
 import poet_peft.ops.prepared
 from poet_peft import merge_and_reinitialize
 from poet_peft.cache import ParameterCache
@@ -219,7 +220,7 @@ def built(monkeypatch):
     """Counts the effective weights that are built."""
     count = []
     build = poet_peft.ops.prepared.effective_weight
-    for module in (poet_peft.ops.prepared, poet_peft.layer):
+    for module in (poet_peft.ops.prepared, poet_peft.cache):
         monkeypatch.setattr(module, "effective_weight", lambda *args: (count.append(1), build(*args))[1])
     return count
 
