@@ -234,6 +234,8 @@ def main():
     start = time.perf_counter()
     args, train_args = parse_arguments()
     model, tokenizer = load(args.model)
+    if tokenizer.eos_token is None:
+        raise SystemExit(f"the tokenizer of {args.model} has no eos_token, which TRL puts behind every text")
     texts, held_out_texts = read_texts(args, end=tokenizer.eos_token)
     held_out = tokenizer(held_out_texts, truncation=True, max_length=train_args.max_length)["input_ids"]
     prose = tokenizer(read_prose(args.prose))["input_ids"][: args.num_prose_tokens]

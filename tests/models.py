@@ -155,7 +155,7 @@ def tokenizer():
     words = ["the", "of", "and", "a", "to", "in", "is", "it", "that", "for", "<pad>"]
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<pad>")
 
 
 # What a fine-tuning run on made-up data would have written to its metrics.json.

@@ -129,6 +129,19 @@ def test_the_pretraining_example_uploads_its_own_evaluation(hub):
     assert results == {"loss": metrics["eval_loss"], "perplexity": metrics["eval_perplexity"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "metric"), [("finetuned", "eval_loss"), ("classified", "eval_accuracy")], ids=["finetune", "classify"]
+)
+def test_the_other_examples_upload_their_adapter_with_a_card(hub, name, metric):
+    uploaded = hub.repos[f"someone/{name}"]
+    directory = hub.directory / name
+    saved = directory / "adapter" if name == "finetuned" else directory
+    assert set(uploaded) >= ADAPTER | TOKENIZER | {CARD}
+    assert all(uploaded[file] == (saved / file).read_bytes() for file in ADAPTER | {CARD})
+    result = card(hub, f"someone/{name}").data.eval_results[0]
+    assert result.metric_value == json.loads((directory / "metrics.json").read_text())[metric]
+
+
 @pytest.mark.parametrize("flag", ["--method adamw", "--hub_strategy every_save"])
 def test_the_pretraining_example_refuses_uploads_without_a_card_or_of_parts(flag, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--push_to_hub", *flag.split()])

@@ -4,6 +4,7 @@ python tests/workers/hub_run.py DIRECTORY
 """
 
 import copy
+import json
 import os
 import runpy
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from models import METRICS, llama, logits, poet_config, tokenizer, tokens
+from models import METRICS, bert_classifier, llama, logits, poet_config, tokenizer, tokens
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -67,11 +68,33 @@ def pretrain(name, *flags):
     runpy.run_path(str(TESTS.parent / "examples" / "pretrain.py"), run_name="__main__")
 
 
+def example(script, name, *flags):
+    sys.argv = [script, *flags, "--disable_tqdm", "True", "--output_dir", str(directory / name)]
+    runpy.run_path(str(TESTS.parent / "examples" / script), run_name="__main__")
+
+
+def finetune(name, *flags):
+    rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(8)]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ["--data", str(directory / "rows.jsonl"), "--num_test_rows", "4", "--num_prose_tokens", "64"]
+    example("finetune.py", name, *data, "--model", str(base_dir), "--block_size", "8", "--steps", "2", *flags)
+
+
+def classify(name, *flags):
+    bert_classifier().save_pretrained(directory / "bert")
+    tokenizer().save_pretrained(directory / "bert")
+    (directory / "rows.tsv").write_text("good\t2\nbad\t0\nfine\t1\nworse\t0\n")
+    data = [flag for name in ("--data", "--test_data") for flag in (name, str(directory / "rows.tsv"))]
+    example("classify.py", name, *data, "--model", str(directory / "bert"), "--block_size", "8", *flags)
+
+
 save_base()
 
 stage("defaults")
 make_trainer("kept-local", save_strategy="steps", save_steps=1).train()
 pretrain("pretrain-local")
+finetune("finetune-local")
+classify("classify-local")
 
 stage("adapter")
 model = adapter()
@@ -101,3 +124,9 @@ trainer.push_to_hub()
 
 stage("pretrain")
 pretrain("pretrained", "--push_to_hub", "--hub_model_id", "someone/pretrained")
+
+stage("finetune")
+finetune("finetuned", "--push_to_hub", "--hub_model_id", "someone/finetuned")
+
+stage("classify")
+classify("classified", "--push_to_hub", "--hub_model_id", "someone/classified")
