@@ -22,6 +22,8 @@ _COST_OF_ROTATING = 400
 _COST_OF_GATHERING = 60
 _COST_OF_WEIGHT_ENTRY = 300
 
+_TOKENS_OF_A_STEP = 2048
+
 _forced_path: str | None = None
 
 
@@ -65,19 +67,26 @@ def choose_path(
         return _forced_path
     out_features, in_features = weight.shape
     num_tokens = x.numel() // in_features
-    rotation_R, rotation_P = sum(map(_cost_per_vector, R)), sum(map(_cost_per_vector, P))
-    build = in_features * rotation_R + out_features * rotation_P
+    rotate_R, rotate_P = (sum(map(_cost_per_vector, side)) for side in (R, P))
+    by_input = num_tokens * (rotate_R + rotate_P)
+    build = in_features * rotate_R + out_features * rotate_P
     if not torch.is_grad_enabled():
-        by_input = num_tokens * (rotation_R + rotation_P)
         return "weight_centric" if keeps_weight or build < by_input else "input_centric"
 
+    products = sum(map(_cost_of_product, (*R, *P)))
+    # What is kept serves all micro-batches of a step, and small ones are seldom alone.
+    share = min(max(num_tokens / _TOKENS_OF_A_STEP, 0.5), 1) if keeps_weight else 1
     costs = {
-        "input_centric": 3 * num_tokens * (rotation_R + rotation_P),
-        "weight_centric": 3 * build + (2 * num_tokens + _COST_OF_WEIGHT_ENTRY) * out_features * in_features,
+        "input_centric": 3 * by_input + 6 * products,
+        "weight_centric": share * (build + 2 * products)
+        + 2 * build
+        + 4 * products
+        + (2 * num_tokens + _COST_OF_WEIGHT_ENTRY) * out_features * in_features,
     }
     # The tangent rule looks at numbers, which a compiler cannot trace; and it needs the gradient by x in any case.
     if x.requires_grad and not memory_efficient and not torch.compiler.is_compiling():
-        costs["tangent"] = build + num_tokens * sum(map(_cost_of_outer_product, (*R, *P)))
+        outer = num_tokens * sum(map(_cost_of_outer_product, (*R, *P)))
+        costs["tangent"] = share * (build + 6 * products) + 5 * products + outer
     return min(costs, key=costs.get)
 
 
@@ -91,6 +100,12 @@ def _cost_of_outer_product(rotation: RotationParameters) -> int:
     """Of one token's share of the block outer products."""
     partition = rotation.block_map.partition
     return partition.num_rotated * (2 * partition.block_size + 2 * _COST_OF_GATHERING)
+
+
+def _cost_of_product(rotation: RotationParameters) -> int:
+    """Of multiplying all blocks by others of their size, as the map and its pull-back do a few times."""
+    partition = rotation.block_map.partition
+    return 2 * partition.num_rotated * partition.block_size**2
 
 
 def poet_linear(

@@ -108,7 +108,7 @@ def rotate_rows(matrix: Tensor, offsets: Sequence[Tensor], transpose: bool = Fal
     for offset, part in block_slices(offsets):
         rows = matrix[part].unflatten(0, offset.shape[:2])
         parts.append(torch.baddbmm(rows, offset.mT if transpose else offset, rows).flatten(0, 1))
-    return torch.cat([*parts, matrix[num_rotated(offsets) :]])
+    return _joined(parts, matrix[num_rotated(offsets) :], dim=0)
 
 
 def rotate_columns(matrix: Tensor, offsets: Sequence[Tensor]) -> Tensor:
@@ -117,4 +117,9 @@ def rotate_columns(matrix: Tensor, offsets: Sequence[Tensor]) -> Tensor:
     for offset, part in block_slices(offsets):
         columns = matrix[:, part].unflatten(1, offset.shape[:2]).transpose(0, 1)
         parts.append(torch.baddbmm(columns, columns, offset).transpose(0, 1).flatten(1))
-    return torch.cat([*parts, matrix[:, num_rotated(offsets) :]], dim=1)
+    return _joined(parts, matrix[:, num_rotated(offsets) :], dim=1)
+
+
+def _joined(parts: list[Tensor], rest: Tensor, dim: int) -> Tensor:
+    parts = [*parts, rest] if rest.numel() or not parts else parts
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
