@@ -51,7 +51,22 @@ def test_second_copy_of_the_weight_and_the_output_are_kept_for_speed():
     assert kept_for_backward(layer(memory_efficient=False), tokens()) == {"weight": 1, "x": 1, "y": 1}
 
 
-def test_memory_efficient_keeps_what_a_frozen_linear_layer_and_its_input_need():
+@pytest.mark.parametrize("num_tokens", [4, 512])
+def test_memory_efficient_keeps_the_input_alone(num_tokens):
+    x = tokens()[:num_tokens]
+    kept = set()
+
+    def pack(tensor):
+        if num_tokens in tensor.shape:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(memory_efficient=True)(x)
+    assert kept == {x.untyped_storage().data_ptr()}
+
+
+def test_memory_efficient_keeps_no_second_copy_of_the_weight():
     assert kept_for_backward(layer(memory_efficient=True), tokens()) == {"weight": 0, "x": 1, "y": 0}
 
 

@@ -18,7 +18,8 @@ PATHS = ("reference", "input_centric", "weight_centric", "tangent")
 
 # Measured on CPUs in fp32, in flops: what moving an entry through a rotation costs on top of its 2 b flops, what
 # gathering one for an outer product costs, and what moving an entry of the weight in and out of the basis costs.
-_COST_OF_ROTATING = 400
+_COST_OF_ROTATING = 700
+_COST_OF_ROTATING_WEIGHT = 400
 _COST_OF_GATHERING = 60
 _COST_OF_WEIGHT_ENTRY = 300
 
@@ -67,11 +68,14 @@ def choose_path(
         return _forced_path
     out_features, in_features = weight.shape
     num_tokens = x.numel() // in_features
-    rotate_R, rotate_P = (sum(map(_cost_per_vector, side)) for side in (R, P))
-    by_input = num_tokens * (rotate_R + rotate_P)
+    by_input = num_tokens * sum(_cost_per_vector(rotation, _COST_OF_ROTATING) for rotation in (*R, *P))
+    rotate_R, rotate_P = (sum(_cost_per_vector(r, _COST_OF_ROTATING_WEIGHT) for r in side) for side in (R, P))
     build = in_features * rotate_R + out_features * rotate_P
     if not torch.is_grad_enabled():
         return "weight_centric" if keeps_weight or build < by_input else "input_centric"
+
+    if memory_efficient:
+        return "weight_centric"  # the only rule that keeps no more than the input
 
     products = sum(map(_cost_of_product, (*R, *P)))
     # What is kept serves all micro-batches of a step, and small ones are seldom alone.
@@ -84,16 +88,16 @@ def choose_path(
         + (2 * num_tokens + _COST_OF_WEIGHT_ENTRY) * out_features * in_features,
     }
     # The tangent rule looks at numbers, which a compiler cannot trace; and it needs the gradient by x in any case.
-    if x.requires_grad and not memory_efficient and not torch.compiler.is_compiling():
+    if x.requires_grad and not torch.compiler.is_compiling():
         outer = num_tokens * sum(map(_cost_of_outer_product, (*R, *P)))
         costs["tangent"] = share * (build + 6 * products) + 5 * products + outer
     return min(costs, key=costs.get)
 
 
-def _cost_per_vector(rotation: RotationParameters) -> int:
+def _cost_per_vector(rotation: RotationParameters, cost_of_moving: int) -> int:
     """Of one rotation of a vector."""
     partition = rotation.block_map.partition
-    return partition.num_rotated * (2 * partition.block_size + _COST_OF_ROTATING)
+    return partition.num_rotated * (2 * partition.block_size + cost_of_moving)
 
 
 def _cost_of_outer_product(rotation: RotationParameters) -> int:
