@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from report import adapter_sizes, finetune, layer, model, plots, pretrain, requantization, scaling
+from report import adapter_sizes, breakdown, finetune, layer, model, plots, pretrain, requantization, scaling
 
 
 BENCHMARKS = Path(__file__).parent
@@ -51,7 +51,8 @@ def pages(benchmarks):
             "adapter-sizes": adapter_sizes.section(),
             "requantization": requantization.section(),
         },
-        benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS},
+        benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
+        | {"breakdown": breakdown.section()},
     }
     return {path: filled_in(path.read_text(), sections) for path, sections in texts.items()}
 

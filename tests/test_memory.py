@@ -63,7 +63,7 @@ def test_memory_efficient_keeps_the_input_alone(num_tokens):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(memory_efficient=True)(x)
-    assert kept == {x.untyped_storage().data_ptr()}
+    assert kept <= {x.untyped_storage().data_ptr()}
 
 
 def test_memory_efficient_keeps_no_second_copy_of_the_weight():
@@ -78,11 +78,12 @@ def test_memory_efficient_keeps_nothing_after_inference(num_tokens):
     assert cached_weight(module) is None
 
 
-def test_memory_efficient_gives_the_same_output_and_gradients():
+@pytest.mark.parametrize("num_tokens", [4, 512])
+def test_memory_efficient_gives_the_same_output_and_gradients(num_tokens):
     results = []
     for memory_efficient in (False, True):
         module = layer(memory_efficient)
-        x = tokens()
+        x = tokens()[:num_tokens].detach().requires_grad_()
         y = module(x)
         y.square().sum().backward()
         results.append([y, x.grad, *(p.grad for p in module.parameters() if p.requires_grad)])

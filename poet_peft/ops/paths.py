@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .effective import effective_linear
@@ -74,21 +75,19 @@ def choose_path(
     if not torch.is_grad_enabled():
         return "weight_centric" if keeps_weight or build < by_input else "input_centric"
 
-    if memory_efficient:
-        return "weight_centric"  # the only rule that keeps no more than the input
-
     products = sum(map(_cost_of_product, (*R, *P)))
     # What is kept serves all micro-batches of a step, and small ones are seldom alone.
     share = min(max(num_tokens / _TOKENS_OF_A_STEP, 0.5), 1) if keeps_weight else 1
+    forward_again = 1 if memory_efficient else 0
+    plain = num_tokens * out_features * in_features
     costs = {
-        "input_centric": 3 * by_input + 6 * products,
-        "weight_centric": share * (build + 2 * products)
-        + 2 * build
-        + 4 * products
-        + (2 * num_tokens + _COST_OF_WEIGHT_ENTRY) * out_features * in_features,
+        "input_centric": (3 + forward_again) * by_input + 6 * products + 2 * forward_again * plain,
+        "weight_centric": (share + forward_again) * (build + 2 * products)
+        + (2 * build + 4 * products)
+        + (2 * plain + _COST_OF_WEIGHT_ENTRY * out_features * in_features),
     }
     # The tangent rule looks at numbers, which a compiler cannot trace; and it needs the gradient by x in any case.
-    if x.requires_grad and not torch.compiler.is_compiling():
+    if x.requires_grad and not memory_efficient and not torch.compiler.is_compiling():
         outer = num_tokens * sum(map(_cost_of_outer_product, (*R, *P)))
         costs["tangent"] = share * (build + 6 * products) + 5 * products + outer
     return min(costs, key=costs.get)
@@ -127,12 +126,18 @@ def poet_linear(
     Args:
         x: (..., in), in the dtype of the weight, or in any under autocast.
         weight: (out, in), frozen.
-        memory_efficient: keep no second copy of the weight between forward and backward.
+        memory_efficient: keep nothing but the input between forward and backward.
         prepared: for the last two paths, what `prepare` gives, if it is at hand.
     """
     if path in ("reference", "input_centric"):
         linear = reference.poet_linear if path == "reference" else input_centric
-        return linear(x, weight, bias, [r.tensors() for r in R], [p.tensors() for p in P])
+
+        def forward(x: Tensor) -> Tensor:
+            return linear(x, weight, bias, [r.tensors() for r in R], [p.tensors() for p in P])
+
+        if memory_efficient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
+        return forward(x)
     return effective_linear(
         x,
         weight,
