@@ -50,7 +50,7 @@ PRESETS = {
     "1.3b": (2048, 5461, 24, 32),
 }
 METHODS = {  # flags that belong to one method, and their defaults
-    "poet": {"variant": "block_stochastic", "block_size": 256.0, "merge_interval": 150, "poet_lr": 1e-3},
+    "poet": {"variant": "block_stochastic", "block_size": 256.0, "merge_interval": 200, "poet_lr": 1e-3},
     "adamw": {"matrix_lr": 1e-3},
 }
 NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}

@@ -245,3 +245,9 @@ def test_readme_of_the_examples_shows_every_example_and_what_its_run_said():
     assert result.returncode == 0, result.stderr
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"[{path.name}]({path.name})" in readme for path in EXAMPLES.glob("*.py"))
+
+
+def test_default_pretraining_is_the_run_that_the_readme_shows():
+    kept = json.loads((EXAMPLES.parent / "benchmarks/results/pretrain/pretrain-poet-42.json").read_text())
+    defaults = load("pretrain.py").METHODS["poet"]
+    assert {name: kept["settings"][name] for name in defaults} == defaults
