@@ -84,6 +84,19 @@ def test_report_shows_the_best_rate_and_all_rates(finished):
     assert "| POET-BS, b = 64, only R | 0.00021 | 1.042 |" in section
 
 
+def test_report_says_what_is_unfinished(benchmark, tmp_path):
+    for name in ("lora_0.001_42", "lora_0.003_42", "oft_0.0001_42", "oft_0.0004_42", "oft_0.001_42"):
+        pretend(benchmark, name, tmp_path)
+    assert (
+        "**Not finished:** no run yet: full fine-tuning, POET-BS, b = 32, POET-FS, b = 152; best at the edge of the "
+        "learning rates tried: LoRA, r = 16; one seed: LoRA, r = 16, OFT, b = 64."
+    ) in benchmark.report.section()
+
+
+def test_report_of_all_runs_is_finished(finished):
+    assert "Not finished" not in finished.report.section()
+
+
 def test_picture_shows_every_method(finished, tmp_path):
     finished.report.plot(tmp_path / "plots" / "finetune.png")
     assert (tmp_path / "plots" / "finetune.png").stat().st_size > 10_000
