@@ -32,7 +32,7 @@ EXAMPLES = {  # what it shows, and its flags
     ),
     "classify.py": (
         "sequence classification, with a head that trains in full",
-        "--data sst2/train.tsv --test_data sst2/dev.tsv",
+        "--data sst2/train.tsv --test_data sst2/test.tsv",
     ),
 }
 

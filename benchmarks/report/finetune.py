@@ -138,7 +138,8 @@ Held-out loss per token on {settings["num_test_rows"]} problems of the test set 
 question and answer); perplexity elsewhere: on {first["prose_tokens"]:,} tokens of the prose in Python's help pages,
 which says what the model forgot.
 `±` is the standard deviation over seeds. The learning rates were chosen on the same held-out problems. CPU, fp32,
-{first["num_threads"]} thread, {versions}. `benchmarks/finetune.py` is the one command that made all of it.
+{first["num_threads"]} thread, {versions}. `benchmarks/finetune.py`
+is the one command that made all of it.
 {unfinished()}
 
 {table()}
