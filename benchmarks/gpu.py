@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from functools import partial
 from importlib import import_module
 
 import torch
+from harness.timing import quartiles
 from peft import LoraConfig, OFTConfig, get_peft_model
 
 from poet_peft import POETConfig
@@ -135,7 +135,10 @@ class Bench:
             shuffle(order)
             for name in order:
                 samples[name].append(self.time_once(calls[name], repeats[name]))
-        return {name: quartiles(values) for name, values in samples.items()}
+        return {
+            name: {key: round(value, 5) for key, value in quartiles(values).items()}
+            for name, values in samples.items()
+        }
 
     def peak_mb(self, call):
         """Most memory that a call takes beyond what was in use; None on a CPU."""
@@ -156,11 +159,6 @@ class Bench:
 
     def permutation(self, dim):
         return torch.randperm(dim, generator=torch.Generator().manual_seed(0), dtype=torch.int32).to(self.device)
-
-
-def quartiles(values):
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": round(median, 5), "q1": round(q1, 5), "q3": round(q3, 5)}
 
 
 def relative_error(actual, expected):
@@ -341,10 +339,12 @@ def layer_candidates(sizes):
 def step(layer, x, grad, begins_optimizer_step):
     """Forward and backward, with the input's gradient, as inside of a model."""
     parameters = trained(layer)
-    if begins_optimizer_step:
-        # What an optimizer does to them, as far as a cache can tell.
-        for parameter in parameters:
+    for parameter in parameters:
+        # What an optimizer step, and earlier micro-batches of one, leave behind, as far as a cache can tell.
+        if begins_optimizer_step:
             torch.autograd.graph.increment_version(parameter)
+        elif parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y = layer(x)
     torch.autograd.grad(y, [x, *parameters], grad)

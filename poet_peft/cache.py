@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .ops import reference
-from .ops.prepared import Prepared, RotationParameters, effective_weight, prepare, prepare_sides
+from .ops.prepared import Prepared, RotationParameters, effective_weight, only, prepare, prepare_sides
 
 
 _num_optimizer_steps = 0
@@ -106,7 +106,7 @@ class RotationCache(ParameterCache):
         def compute() -> Tensor:
             if len(R) > 1 or len(P) > 1:
                 return reference.effective_weight(weight, [r.tensors() for r in R], [p.tensors() for p in P])
-            return prepare(weight, R[0] if R else None, P[0] if P else None, with_inverses=False).weight
+            return prepare(weight, only(R), only(P), with_inverses=False).weight
 
         return self._rotation_values(weight, R, P).get("effective", compute)
 
@@ -122,7 +122,7 @@ class RotationCache(ParameterCache):
         values = self._rotation_values(weight, R, P)
         sides = values.get(
             f"sides, {with_inverses=}",
-            lambda: prepare_sides(weight, R[0] if R else None, P[0] if P else None, with_inverses),
+            lambda: prepare_sides(weight, only(R), only(P), with_inverses),
         )
         return Prepared(*sides, values.get("effective", lambda: effective_weight(weight, *sides)))
 

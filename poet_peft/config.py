@@ -178,16 +178,11 @@ class POETConfig(PeftConfig):
             raise ValueError(
                 f"train_rest=True already trains and saves modules_to_save={self.modules_to_save}; leave it out."
             )
-        if self.keep_initial_weights and self.merge_interval == 0:
-            raise ValueError(
-                "keep_initial_weights=True has no use with merge_interval=0, which never changes the weights; leave "
-                "it out."
-            )
-        if self.allow_requantize and self.merge_interval == 0:
-            raise ValueError(
-                "allow_requantize=True has no use with merge_interval=0, which never changes the weights; leave it "
-                "out."
-            )
+        for name in ("keep_initial_weights", "allow_requantize"):
+            if getattr(self, name) and self.merge_interval == 0:
+                raise ValueError(
+                    f"{name}=True has no use with merge_interval=0, which never changes the weights; leave it out."
+                )
         if self.train_rest and self.keep_initial_weights:
             raise ValueError(
                 "keep_initial_weights=True cannot bring back the original model with train_rest=True, which trains "

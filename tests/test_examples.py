@@ -47,6 +47,12 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+def write_questions(path):
+    """24 rows of questions and answers, as JSON lines."""
+    rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(24)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a tiny Llama and its tokenizer, and rows of data in a file."""
@@ -54,8 +60,7 @@ def tiny(tmp_path_factory):
     tokenizer = byte_tokenizer()
     llama(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
-    rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(24)]
-    (directory / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_questions(directory / "data.jsonl")
     return directory
 
 
@@ -147,8 +152,7 @@ def test_prose_is_long_enough_and_starts_with_sentences():
 
 @pytest.mark.slow
 def test_finetune_default_model(tmp_path):
-    rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(24)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_questions(tmp_path / "data.jsonl")
     small = ["--steps", 2, "--num_test_rows", 4, "--num_prose_tokens", 64, "--learning_rate", 1e-3]
     metrics, _ = run("finetune.py", "--data", tmp_path / "data.jsonl", "--output_dir", tmp_path, *small)
     assert metrics["parameters"]["trained"] == 305_280 * 31 // 2

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from . import reference
 from .effective import effective_linear
 from .input_centric import input_centric
-from .prepared import Prepared, RotationParameters
+from .prepared import Prepared, RotationParameters, only
 
 
 PATHS = ("reference", "input_centric", "weight_centric", "tangent")
@@ -143,8 +143,8 @@ def poet_linear(
         x,
         weight,
         bias,
-        R[0] if R else None,
-        P[0] if P else None,
+        only(R),
+        only(P),
         tangent=path == "tangent",
         memory_efficient=memory_efficient,
         prepared=prepared,

@@ -30,6 +30,11 @@ class RotationParameters(NamedTuple):
         return self.index, self.block_map.offsets(self.block_map.skew_blocks(self.upper))
 
 
+def only(rotations: Sequence[RotationParameters]) -> RotationParameters | None:
+    """One adapter's rotation of a side; None where nothing rotates."""
+    return rotations[0] if rotations else None
+
+
 class PreparedSide(NamedTuple):
     """One side's blocks, as lists of batched matrices: `Q`, `G - I`, and `G^-T - I` or None, see `BlockMap`."""
 
@@ -71,7 +76,6 @@ def prepare_side(rotation: RotationParameters | None, dim: int, with_inverses: b
     return PreparedSide(block_basis(index, dim), blocks, offsets, inverses)
 
 
-@torch.no_grad()
 def prepare(
     weight: Tensor, R: RotationParameters | None, P: RotationParameters | None, with_inverses: bool
 ) -> Prepared:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+from workers.leave import leave
 from workers.resume_run import make_trainer, result_of
 
 
@@ -20,7 +22,7 @@ def digest(tensors):
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().contiguous().view(-1)
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.view(__import__("torch").uint8).numpy().tobytes() if tensor.numel() else b"")
+        sha.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return sha.hexdigest()
 
 
@@ -43,6 +45,7 @@ def main():
         rank = trainer.args.process_index
         out.mkdir(parents=True, exist_ok=True)
         (out / f"rank{rank}.json").write_text(json.dumps(report))
+    leave()
 
 
 def _num_folds(model):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from workers.leave import leave
 
 from poet_peft import merge_and_reinitialize
 
@@ -167,8 +168,7 @@ def main():
     optimizer = make_optimizer(model)
     finish("bfloat16", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
     (directory / f"rank{rank}.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
