@@ -1,4 +1,4 @@
-"""Writes the model cards of the runs that README.md shows, from benchmarks/results/ into model_cards/.
+"""Writes the model cards of the runs that the READMEs show, from benchmarks/results/ into model_cards/.
 
 python benchmarks/cards.py           # write the cards
 python benchmarks/cards.py --check   # fail if a card is not what the results say
@@ -12,16 +12,18 @@ from poet_peft import create_model_card
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS, CARDS = ROOT / "benchmarks" / "results" / "pretrain", ROOT / "model_cards"
-SHOWN = {
-    "pretrain-poet-42": ("pretrain-output", "merged")
-}  # results/pretrain/NAME.json: where the run wrote its model, and what
+RESULTS, CARDS = ROOT / "benchmarks" / "results", ROOT / "model_cards"
+SHOWN = {  # what was measured, the directory that the run wrote, and what is in it
+    "pretrain-poet-42": ("pretrain/pretrain-poet-42.json", "pretrain-output", "merged"),
+    "finetune-poet": ("examples/finetune.py.json", "finetune-output", "adapter"),
+    "classify-poet": ("examples/classify.py.json", "classify-output", "adapter"),
+}
 
 
 def main():
-    for name, (directory, kind) in SHOWN.items():
-        metrics = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-        card, path = create_model_card(metrics, directory, kind), CARDS / f"{name}.md"
+    for name, (results, directory, kind) in SHOWN.items():
+        kept = json.loads((RESULTS / results).read_text("utf-8"))
+        card, path = create_model_card(kept.get("metrics", kept), directory, kind), CARDS / f"{name}.md"
         if "--check" not in sys.argv:
             card.save(path)
         elif not path.is_file() or path.read_text("utf-8") != str(card):

@@ -1,5 +1,7 @@
 """Writes the table in examples/README.md from results/examples/, and runs the examples whose results it shows.
 
+The cards in `model_cards/` are written from the same results, see `cards.py`.
+
     python benchmarks/examples.py --run classify.py --data_dir DIR    # runs it, keeps what it printed and its time
     python benchmarks/examples.py                                     # rewrite examples/README.md
     python benchmarks/examples.py --check                             # fail if it is not what the results say
@@ -47,6 +49,7 @@ def run(name, data_dir):
         command = [sys.executable, ROOT / "examples" / name, *flags]
         result = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.perf_counter() - start
+        metrics = [json.loads(path.read_text("utf-8")) for path in Path(directory).glob("*-output/metrics.json")]
     _, separator, end = result.stdout.rpartition("\n---\n")
     printed = end if separator else "\n".join(result.stdout.splitlines()[-2:])
     kept = {
@@ -54,6 +57,7 @@ def run(name, data_dir):
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {package: version(package) for package in ("torch", "transformers", "peft", "trl", "poet-peft")},
         "printed": printed.strip(),
+        "metrics": metrics[0] if metrics else None,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -5,8 +5,8 @@
 
 Runs `examples/finetune.py` in processes of their own and keeps what each measured in `results/finetune/<name>.json`.
 Runs that are there are not run again, so it can be stopped and started at any time. Where the best learning rate of a
-method turns out to be at the edge of those tried, the next one beyond it is tried too. Afterwards it writes the
-picture; `python benchmarks/tables.py` writes the tables.
+method turns out to be at the edge of those tried, the next one beyond it is tried too; then one more, between the best
+and the better of its neighbours. Afterwards it writes the picture; `python benchmarks/tables.py` writes the tables.
 """
 
 import argparse
@@ -36,11 +36,13 @@ GRID = {
 }
 # What may help POET, once each: the best learning rate of poet-bs, turning blocks of another size by the same angle.
 VARIANTS = {
+    "poet-bs-16": (["--block_size", 16], 16),
     "poet-bs-64": (["--block_size", 64], 64),
     "poet-bs-64-only-R": (["--block_size", 64, "--freeze", "poet_P"], 64),
     "poet-bs-64-only-P": (["--block_size", 64, "--freeze", "poet_R"], 64),
     "poet-bs-norms": (["--block_size", BLOCK, "--train_norms", "True"], BLOCK),
     "poet-bs-warmup": (["--block_size", BLOCK, "--warmup_steps", 5], BLOCK),
+    "poet-bs-folds": (["--block_size", BLOCK, "--merge_interval", 5], BLOCK),
 }
 MAX_EXTRA_RATES = 3
 KEPT_SETTINGS = [
@@ -105,6 +107,14 @@ def next_rate(losses):
     return None
 
 
+def rate_between(losses):
+    """The learning rate halfway (of logarithms) from the best of those tried to the better of its two neighbours."""
+    rates = sorted(losses)
+    i = rates.index(min(losses, key=losses.get))
+    neighbour = min(rates[i - 1], rates[i + 1], key=losses.get)
+    return float(f"{math.sqrt(rates[i] * neighbour):.1e}")
+
+
 def wanted():
     """All runs that the results so far ask for: done, or to be done. {name: flags}"""
     results, runs = report.results(), {}
@@ -122,13 +132,16 @@ def wanted():
             if None in done.values():
                 break
             losses = {rate: metrics["eval_loss"] for rate, metrics in done.items()}
-            best_rate[label] = min(losses, key=losses.get)
             if next_rate(losses) is None:
+                between = rate_between(losses)
+                if metrics := want(label, flags, between):
+                    losses[between] = metrics["eval_loss"]
+                    best_rate[label] = min(losses, key=losses.get)
                 break
             rates.append(next_rate(losses))
         else:
             print(f"{label}: the best learning rate is still at the edge of those tried", file=sys.stderr)
-        if label in best_rate and None not in done.values():
+        if label in best_rate:
             want(label, flags, best_rate[label], SEEDS[1])
             if label == "poet-bs":
                 for variant, (variant_flags, block) in VARIANTS.items():

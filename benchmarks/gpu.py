@@ -6,31 +6,34 @@
 - `correctness`: largest relative error against float64, beside torch's own, and whether it is within the tolerance.
   Kernels also have to give the same bits twice. If anything fails, the command does too.
 - `pieces`: each kernel beside the torch code that it replaces.
-- `layers`: forward and backward of a linear layer, trained in full, frozen, rotated by POET, with PEFT's LoRA and OFT,
-  under autocast as in Trainer. Every call counts as the first micro-batch of an optimizer step, so what a layer caches
-  for a step is built anew, but for the one called "same step".
+- `layers`: forward and backward of a linear layer trained in full, frozen, rotated by POET, with PEFT's LoRA and OFT,
+  as `layer.py --device cuda --dtype bfloat16` measures and writes them.
 
-Times are milliseconds: median and quartiles of interleaved rounds, by CUDA events. `peak_mb` is what a call, and for
-layers the layer itself, adds at most to the memory that is in use before.
+Times are by CUDA events, of interleaved rounds, with quartiles. `ms` and `peak_mb` of a piece: milliseconds, and what
+a call adds at most to the memory that is in use before.
 """
 
 import argparse
 import copy
 import gc
 import json
+import math
 import os
-import platform
 import random
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 
+import layer
 import torch
+import triton
+from harness import flags
+from harness.methods import trainable
+from harness.results import start
 from harness.timing import quartiles
-from peft import LoraConfig, OFTConfig, get_peft_model
+from peft import get_peft_model
 
 from poet_peft import POETConfig
 from poet_peft.ops import reference
@@ -38,7 +41,6 @@ from poet_peft.ops import triton as triton_ops
 from poet_peft.orthogonal import cayley_neumann_offset, skew
 
 
-VERSIONS = ["torch", "triton", "transformers", "peft", "poet_peft"]
 # A sum of 16384 products in fp32.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 2e-5, "float16": 2e-5}
 LAYER_TOLERANCE = {"float32": 5e-6, "bfloat16": 2e-2}
@@ -50,9 +52,8 @@ class Sizes:
 
     num_tokens: int
     layers: list[tuple[int, int]]  # (in_features, out_features)
-    block_sizes: list[int]
-    oft_block_sizes: list[int]
-    lora_rank: int
+    methods: list[str]
+    layer_seconds: float  # of rounds, for all methods on one shape
     outer_products: list[tuple[int, int, int]]  # (N, dim, block size) to time
     outer_checks: list[tuple[int, int, int]]
     map_checks: list[tuple[int, int]]  # (number of blocks, block size)
@@ -64,9 +65,11 @@ class Sizes:
 FULL = Sizes(
     num_tokens=16384,
     layers=[(4096, 4096), (4096, 11008), (512, 512), (1024, 2816)],
-    block_sizes=[64, 128, 256],
-    oft_block_sizes=[32, 64, 256],
-    lora_rank=64,
+    methods=flags.names(
+        "full,frozen,lora-64,oft-32,oft-64,oft-256,poet-64,poet-64-efficient,poet-128,poet-128-efficient,poet-256,"
+        "poet-256-efficient,poet-fs-1/2,poet-fs-1/2-efficient"
+    ),
+    layer_seconds=15.0,
     outer_products=[(16384, 4096, 64), (16384, 4096, 256), (16384, 4096, 2048), (16384, 11008, 256), (16384, 512, 64)],
     outer_checks=[
         (1, 7, 3),
@@ -84,9 +87,8 @@ FULL = Sizes(
 QUICK = Sizes(
     num_tokens=64,
     layers=[(48, 32)],
-    block_sizes=[8],
-    oft_block_sizes=[8],
-    lora_rank=4,
+    methods=flags.names("full,frozen,lora-4,oft-8,poet-8,poet-8-efficient,poet-fs-1/2"),
+    layer_seconds=0.0,
     outer_products=[(64, 24, 8)],
     outer_checks=[(1, 7, 3), (40, 70, 33)],
     map_checks=[(2, 5)],
@@ -264,10 +266,10 @@ def check_layers(bench):
             {"block_size": 0.5, "variant": "fully_stochastic"},
         ):
             for num_tokens in (5, 300):
-                layer = build(bench, "poet", 72, 56, dtype, {**settings, "init_weights": False})
-                exact = copy.deepcopy(layer).double()
+                rotated = poet_layer(72, 56, bench.device, dtype, settings)
+                exact = copy.deepcopy(rotated).double()
                 x, grad = (bench.randn(num_tokens, size, dtype=dtype) for size in (72, 56))
-                actual = outputs_and_gradients(layer, layer, x, grad)
+                actual = outputs_and_gradients(rotated, rotated, x, grad)
                 expected = outputs_and_gradients(exact, by_reference(exact), x.double(), grad.double())
                 error = max(map(relative_error, actual, expected))
                 rows.append(
@@ -282,104 +284,53 @@ def check_layers(bench):
     return rows
 
 
-def by_reference(layer):
+def poet_layer(in_features, out_features, device, dtype, settings):
+    """A linear layer with rotations that are not the identity."""
+    model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype))
+    return get_peft_model(model, POETConfig(target_modules=["0"], init_weights=False, **settings)).base_model.model[0]
+
+
+def by_reference(rotated):
     def forward(x):
-        R, P = ([(side["default"].index, side["default"].offsets())] for side in (layer.poet_R, layer.poet_P))
-        return reference.poet_linear(x, layer.base_layer.weight, layer.base_layer.bias, R, P)
+        R, P = ([(side["default"].index, side["default"].offsets())] for side in (rotated.poet_R, rotated.poet_P))
+        return reference.poet_linear(x, rotated.base_layer.weight, rotated.base_layer.bias, R, P)
 
     return forward
 
 
-def outputs_and_gradients(layer, forward, x, grad):
+def outputs_and_gradients(rotated, forward, x, grad):
     x = x.detach().requires_grad_()
     y = forward(x)
-    return y, *torch.autograd.grad(y, [x, *trained(layer)], grad)
-
-
-def trained(layer):
-    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return y, *torch.autograd.grad(y, [x, *trainable(rotated)], grad)
 
 
 # Layers
 
 
-class OneLayer(torch.nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-
-def build(bench, method, in_features, out_features, dtype, settings):
-    """A linear layer by itself, or as PEFT makes it trainable."""
-    layer = torch.nn.Linear(in_features, out_features, bias=False, device=bench.device, dtype=dtype)
-    if method in ("full", "frozen"):
-        return layer.requires_grad_(method == "full")
-    config = {"poet": POETConfig, "lora": LoraConfig, "oft": OFTConfig}[method]
-    model = get_peft_model(OneLayer(layer), config(target_modules=["layer"], **settings))
-    return model.base_model.model.layer
-
-
-def layer_candidates(sizes):
-    """{name: (method, settings of its config, whether a call begins a new optimizer step)}"""
-    candidates = {"full": ("full", {}, True), "frozen": ("frozen", {}, True)}
-    rotations = {f"b={b}": {"block_size": b} for b in sizes.block_sizes}
-    rotations["FS 1/2"] = {"block_size": 0.5, "variant": "fully_stochastic"}
-    for name, settings in rotations.items():
-        candidates[f"POET {name}"] = ("poet", settings, True)
-        candidates[f"POET {name}, memory efficient"] = ("poet", {**settings, "memory_efficient": True}, True)
-    last = sizes.block_sizes[-1]
-    candidates[f"POET b={last}, same step"] = ("poet", rotations[f"b={last}"], False)
-    settings = {"r": sizes.lora_rank, "lora_alpha": sizes.lora_rank}
-    candidates[f"LoRA r={sizes.lora_rank}"] = ("lora", settings, True)
-    for b in sizes.oft_block_sizes:
-        candidates[f"OFT b={b}"] = ("oft", {"oft_block_size": b}, True)
-    return candidates
-
-
-def step(layer, x, grad, begins_optimizer_step):
-    """Forward and backward, with the input's gradient, as inside of a model."""
-    parameters = trained(layer)
-    for parameter in parameters:
-        # What an optimizer step, and earlier micro-batches of one, leave behind, as far as a cache can tell.
-        if begins_optimizer_step:
-            torch.autograd.graph.increment_version(parameter)
-        elif parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        y = layer(x)
-    torch.autograd.grad(y, [x, *parameters], grad)
-
-
 def measure_layers(bench):
-    return [row for shape in bench.sizes.layers for row in measure_layer(bench, *shape)]
-
-
-def measure_layer(bench, in_features, out_features):
-    x = bench.randn(bench.sizes.num_tokens, in_features, dtype=torch.bfloat16).requires_grad_()
-    grad = bench.randn(bench.sizes.num_tokens, out_features, dtype=torch.bfloat16)
-
-    def build_and_step(method, settings, begins_step):
-        layer = build(bench, method, in_features, out_features, torch.bfloat16, settings)
-        step(layer, x, grad, begins_step)
-        return layer
-
-    rows, calls = {}, {}
-    for name, candidate in layer_candidates(bench.sizes).items():
-        rows[name] = {"layer": f"{in_features} -> {out_features}", "num_tokens": len(x), "name": name}
-        try:
-            layer = build_and_step(*candidate)
-            rows[name]["trained_parameters"] = sum(parameter.numel() for parameter in trained(layer))
-            rows[name]["peak_mb"] = bench.peak_mb(partial(build_and_step, *candidate))
-            calls[name] = partial(step, layer, x, grad, candidate[-1])
-        except torch.cuda.OutOfMemoryError:
-            rows[name]["failed"] = "out of memory"
-    for name, ms in bench.times(calls).items():
-        rows[name]["ms"] = ms
-    for row in rows.values():
-        if "ms" in row and "ms" in rows["full"]:
-            row["relative_to_full"] = round(row["ms"]["median"] / rows["full"]["ms"]["median"], 3)
-        report(row["layer"], row)
-    return list(rows.values())
+    """Every method on every shape, by `layer.py`."""
+    sizes = bench.sizes
+    settings = argparse.Namespace(
+        device=bench.device.type,
+        dtype="bfloat16",
+        seed=0,
+        methods=sizes.methods,
+        min_rounds=min(5, sizes.rounds),
+        max_rounds=sizes.rounds,
+        max_gflop=math.inf,
+    )
+    cells = []
+    for shape in sizes.layers:
+        cell = layer.measure(shape, sizes.num_tokens, settings, sizes.layer_seconds, with_memory=True)
+        for name, timing in cell["timings"].items():
+            peak = cell["memory"][name.partition(" ")[0]]["peak"]
+            print(
+                f"{shape[0]} -> {shape[1]:<6} {name:28} {1e3 * timing['seconds']['median']:9.3f} ms"
+                f" {timing['ratio']['median']:7.2f} of full {peak / 1e6:9.1f} MB",
+                flush=True,
+            )
+        cells.append(cell)
+    return cells
 
 
 # Pieces
@@ -421,27 +372,20 @@ def measure_piece(bench, piece, case, calls):
 
 
 def report(what, row):
-    ms = f"{row['ms']['median']:9.3f} ms" if "ms" in row else row["failed"]
-    relative = f"{row['relative_to_full']:7.2f} of full" if "relative_to_full" in row else ""
-    memory = f"{row['peak_mb']:9.1f} MB" if row.get("peak_mb") is not None else ""
-    print(f"{what:55} {row['name']:32} {ms} {relative} {memory}", flush=True)
+    memory = f"{row['peak_mb']:9.1f} MB" if row["peak_mb"] is not None else ""
+    print(f"{what:55} {row['name']:16} {row['ms']['median']:9.3f} ms {memory}", flush=True)
 
 
 # Environment
 
 
 def environment(bench):
-    facts = {
-        "device": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        **{name: import_module(name).__version__ for name in VERSIONS},
-        "fp32_matmul_precision": torch.get_float32_matmul_precision(),
-        "threads": torch.get_num_threads(),
-    }
+    facts = start(argparse.Namespace(device=bench.device.type, dtype="bfloat16", threads=0))
+    facts["versions"]["triton"] = triton.__version__
+    facts["fp32_matmul_precision"] = torch.get_float32_matmul_precision()
     if bench.on_gpu:
         properties = torch.cuda.get_device_properties(bench.device)
         facts |= {
-            "device": properties.name,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "memory_gb": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,

@@ -9,21 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import tables
 import torch
+from harness import formulas
+from harness.fits import power_law, upper_half, upper_half_exponent
+from harness.llama import PRESETS, linear_shapes, llama, targeted_layers
+from harness.memory import measure_memory
+from harness.methods import adamw, check_method, why_not
+from harness.one_layer import LayerContender
+from harness.timing import interleave, quartiles, summarize
 from torch import nn
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import tables  # noqa: E402
-from harness import formulas  # noqa: E402
-from harness.fits import power_law, upper_half, upper_half_exponent  # noqa: E402
-from harness.llama import PRESETS, linear_shapes, llama, targeted_layers  # noqa: E402
-from harness.memory import measure_memory  # noqa: E402
-from harness.methods import adamw, check_method, why_not  # noqa: E402
-from harness.one_layer import LayerContender  # noqa: E402
-from harness.timing import interleave, quartiles, summarize  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ from poet_peft import POETConfig, merge_and_reinitialize, poet_param_groups
 
 from .formulas import adamw_held, adapter_held, fully_stochastic_parameters, poet_parameters
 from .memory import measure_memory, module_tensors, storage_bytes
-from .methods import adamw, adapter_config, is_poet, trainable
+from .methods import adamw, adapter_config, autocast, is_poet, trainable
 from .timing import Clock, quartiles
 
 
@@ -96,6 +96,7 @@ class LlamaContender:
         self.method = method
         self.clock = Clock(args.device)
         self.shapes = linear_shapes(sizes)
+        self.dtype = getattr(torch, args.dtype)
         self.model, self.optimizer = build_llama(
             method,
             sizes,
@@ -103,7 +104,7 @@ class LlamaContender:
             args.seq_length,
             rest,
             args.device,
-            getattr(torch, args.dtype),
+            self.dtype,
             args.seed,
         )
         generator = torch.Generator().manual_seed(args.seed)
@@ -111,7 +112,8 @@ class LlamaContender:
         self.input_ids = torch.randint(args.vocab_size, size, generator=generator).to(args.device)
 
     def loss(self):
-        return self.model(input_ids=self.input_ids, labels=self.input_ids).loss
+        with autocast(self.input_ids.device, self.dtype):
+            return self.model(input_ids=self.input_ids, labels=self.input_ids).loss
 
     def finish_step(self):
         self.optimizer.step()

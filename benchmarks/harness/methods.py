@@ -89,6 +89,11 @@ def build_layer(method, in_features, out_features, device, dtype, seed=0):
     return model.layer.requires_grad_(method == "full")
 
 
+def autocast(device, dtype):
+    """What Trainer computes in where weights are in 16 bits: PEFT keeps the adapters' own parameters in fp32."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
 def adamw(groups):
     """The optimizer of every method. Its learning rate is too small to change what is measured."""
     return torch.optim.AdamW(groups, lr=_LR, fused=True)

@@ -3,7 +3,7 @@
 import torch
 
 from .memory import measure_memory
-from .methods import adamw, build_layer, is_poet, trainable
+from .methods import adamw, autocast, build_layer, is_poet, trainable
 from .timing import Clock
 
 
@@ -40,7 +40,8 @@ class LayerContender:
         ).as_dict()
 
     def forward(self):
-        return self.layer(self.x)
+        with autocast(self.x.device, self.x.dtype):
+            return self.layer(self.x)
 
     def backward(self, y):
         y.backward(self.grad_y)

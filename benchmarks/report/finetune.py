@@ -23,6 +23,7 @@ LABELS = {
     "poet-bs-norms": "POET-BS, b = 32, norms train too",
     "poet-bs-warmup": "POET-BS, b = 32, 5 steps of warmup",
     "poet-bs-constant": "POET-BS, b = 32, constant learning rate",
+    "poet-bs-folds": "POET-BS, b = 32, folds every 5 steps",
 }
 METHODS = "full", "lora", "oft", "poet-bs", "poet-fs"
 
