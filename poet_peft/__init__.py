@@ -9,6 +9,7 @@ from .errors import POETCheckpointError, POETMergeError, POETReferenceError
 from .merging import MergeReport, merge_and_reinitialize
 from .model import POETModel
 from .model_card import create_model_card, set_model_card
+from .muon import RotationMuon
 from .optim import poet_param_groups
 from .registration import register
 from .resume import latest_checkpoint, verify_checkpoint
@@ -24,6 +25,7 @@ __all__ = [
     "POETMergeError",
     "POETModel",
     "POETReferenceError",
+    "RotationMuon",
     "create_model_card",
     "latest_checkpoint",
     "merge_and_reinitialize",

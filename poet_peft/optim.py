@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .model import poet_layers
+from .rotation import Rotation
 
 
 def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -27,7 +28,8 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
             and biases never decay.
 
     Returns:
-        The groups "poet", "decay" and "no_decay" (the key "name"), without the empty ones.
+        The groups "poet", "decay" and "no_decay" (the key "name"), without the empty ones. "poet" also has the key
+        "blocks", how each parameter is cut: (features that rotate, size of a full block), what `RotationMuon` needs.
 
     Raises:
         ValueError: a negative value, or no rotation in the model is trainable.
@@ -35,7 +37,7 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
     for name, value in (("lr", lr), ("poet_lr", poet_lr), ("weight_decay", weight_decay)):
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative.")
-    rotations = {id(parameter) for parameter in rotation_parameters(model) if parameter.requires_grad}
+    rotations = {id(rotation.weight): rotation for rotation in _rotations(model) if rotation.weight.requires_grad}
     if not rotations:
         raise ValueError(
             "the model has no trainable rotation: wrap it first, get_peft_model(model, POETConfig(...)), and load "
@@ -48,7 +50,7 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
         for parameter in module.parameters()
     }
     groups: dict[str, dict[str, Any]] = {
-        "poet": {"params": [], "lr": poet_lr, "weight_decay": 0.0, "name": "poet"},
+        "poet": {"params": [], "lr": poet_lr, "weight_decay": 0.0, "name": "poet", "blocks": []},
         "decay": {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "decay"},
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0, "name": "no_decay"},
     }
@@ -58,6 +60,8 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
             continue
         if id(parameter) in rotations:
             name = "poet"
+            partition = rotations[id(parameter)].partition
+            groups["poet"]["blocks"].append((partition.num_rotated, partition.block_size))
         elif id(parameter) in embeddings or parameter.dim() < 2 or weight_decay == 0:
             name = "no_decay"
         else:
@@ -68,8 +72,12 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
 
 def rotation_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all rotations of all adapters."""
+    return [rotation.weight for rotation in _rotations(model)]
+
+
+def _rotations(model: nn.Module) -> list[Rotation]:
     return [
-        rotation.weight
+        rotation
         for _, layer in poet_layers(model)
         for adapter_name in layer.poet_schedule
         for rotation in layer.rotations(adapter_name)

@@ -22,6 +22,30 @@ def skew(upper: Tensor, n: int) -> Tensor:
     return Q - Q.mT
 
 
+def upper_triangle(Q: Tensor) -> Tensor:
+    """The strict upper triangles (..., n (n - 1) / 2), row-major, of matrices (..., n, n): the inverse of `skew`."""
+    n = Q.shape[-1]
+    rows, columns = torch.triu_indices(n, n, offset=1, device=Q.device)
+    return Q.flatten(-2).index_select(-1, rows * n + columns)
+
+
+def orthogonalize(Q: Tensor, num_steps: int = 5) -> Tensor:
+    """`Q` with its singular values brought to about 1, within 0.68 and 1.21, by a Newton-Schulz iteration of order 5.
+
+    A skew-symmetric `Q` stays skew-symmetric: all of its planes then turn by about the same angle. Singular values
+    below about 1e-3 of the Frobenius norm need more steps, and a matrix of zeros stays zero. The coefficients are
+    those of Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon).
+
+    Args:
+        Q: shape (..., n, n).
+    """
+    X = Q / torch.linalg.matrix_norm(Q, keepdim=True).clamp_min(torch.finfo(Q.dtype).tiny)
+    for _ in range(num_steps):
+        gram = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
+    return X
+
+
 def cayley(Q: Tensor) -> Tensor:
     """The Cayley map `(I + Q) (I - Q)^-1`: orthogonal for `Q` of any size, to rounding of about `eps (1 + theta)`.
 

@@ -17,10 +17,15 @@ def write(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor into one that may be sharded, in place."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         # Writing to what full_tensor() returned would be lost: only the local shard is the parameter.
-        value = distribute_tensor(value.to(target.dtype), target.device_mesh, target.placements)
-        target.to_local().copy_(value.to_local())
+        target.to_local().copy_(spread_like(target, value).to_local())
     else:
         target.copy_(value)
+
+
+def spread_like(target: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor spread over the processes as `target` is, in its dtype. Every process must call it."""
+    value = value.to(target.dtype)
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
 
 
 def check_sharding(model: nn.Module) -> None:

@@ -198,6 +198,12 @@ def test_sharded_training_with_gradient_checkpointing_is_the_same(fsdp, fsdp_rep
     assert_same_state(load_file(fsdp / "checkpointing.weights"), load_file(fsdp / "whole.weights"))
 
 
+def test_sharded_rotation_muon_trains_as_in_one_process(fsdp_reports):
+    model = fsdp_run.build()
+    losses = fsdp_run.train(model, fsdp_run.make_rotation_muon(model))
+    assert fsdp_reports[0]["rotation_muon"] == pytest.approx(losses, rel=1e-4)
+
+
 def test_sharded_training_in_mixed_precision_follows_that_in_fp32(fsdp_reports):
     assert fsdp_reports[0]["bfloat16"] == pytest.approx(fsdp_reports[0]["whole"], rel=1e-2)
 

@@ -107,6 +107,7 @@ def test_finetune_saves_the_model_that_it_measured(tiny, finetuned):
     [
         ["--variant", "fully_stochastic", "--block_size", 0.5, "--train_norms", "True"],
         ["--block_size", 8, "--merge_interval", 4, "--freeze", "poet_P"],
+        ["--block_size", 8, "--merge_interval", 4, "--rotation_optimizer", "muon"],
         ["--method", "oft", "--block_size", 8],
         ["--method", "lora", "--rank", 2],
         ["--method", "full"],
@@ -122,13 +123,16 @@ def test_finetune_learns_with_other_methods(tiny, tmp_path, flags, monkeypatch):
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("block_size", [0.25, 16.0, 64.0])
-def test_default_learning_rate_turns_every_block_size_by_the_same_angle(block_size):
+def test_default_learning_rate_turns_every_block_size_by_the_same_angle(block_size, optimizer):
     example = load("finetune.py")
     model = llama()
-    args = example.ExampleArguments(block_size=block_size)
+    args = example.ExampleArguments(block_size=block_size, rotation_optimizer=optimizer)
     b = block_size if block_size > 1 else block_size * model.config.hidden_size
-    assert example.default_learning_rate(args, model) * 2 * b**0.5 == pytest.approx(example.RADIANS_PER_STEP)
+    radians_by_rate = {"adamw": 2 * b**0.5, "muon": 1}[optimizer]
+    angle = example.default_learning_rate(args, model) * radians_by_rate
+    assert angle == pytest.approx(example.RADIANS_PER_STEP[optimizer])
 
 
 def test_finetune_says_how_to_do_without_a_hub():
@@ -137,10 +141,18 @@ def test_finetune_says_how_to_do_without_a_hub():
         example.read_rows("openai/gsm8k", "main", "train")
 
 
-def test_finetune_refuses_flags_of_another_method(monkeypatch):
+REFUSED_FLAGS = {
+    "--method lora --block_size 8": "--block_size 8.0 does not belong to --method lora",
+    "--method full --rotation_optimizer muon": "--rotation_optimizer muon does not belong to --method full",
+    "--rotation_optimizer sgd": "--rotation_optimizer sgd: one of adamw, muon",
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED_FLAGS.items(), ids=REFUSED_FLAGS)
+def test_finetune_refuses_flags_that_cannot_be(monkeypatch, flags, message):
     example = load("finetune.py")
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--method", "lora", "--block_size", "8"])
-    with pytest.raises(SystemExit, match="--block_size 8.0 does not belong to --method lora"):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags.split()])
+    with pytest.raises(SystemExit, match=message):
         example.parse_arguments()
 
 

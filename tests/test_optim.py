@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from models import (
 )
 from transformers.optimization import Adafactor
 
-from poet_peft import POETMergeError, merge_and_reinitialize, poet_param_groups
+from poet_peft import POETMergeError, RotationMuon, merge_and_reinitialize, poet_param_groups
 from poet_peft.optim import rotation_parameters
 
 
@@ -96,6 +97,14 @@ def test_everything_but_the_rotations_has_the_other_learning_rate(name):
     assert {group["lr"] for key, group in groups_by_name(MODELS[name]()).items() if key != "poet"} == {1e-3}
 
 
+@each_model
+def test_rotations_come_with_the_sizes_of_their_blocks(build):
+    group = groups_by_name(build())["poet"]
+    for parameter, (num_rotated, block_size) in zip(group["params"], group["blocks"], strict=True):
+        full_blocks, remainder = divmod(num_rotated, block_size)
+        assert parameter.numel() == full_blocks * math.comb(block_size, 2) + math.comb(remainder, 2)
+
+
 def test_only_the_head_decays():
     model = wrap(llama(attention_bias=True), "pretraining")
     group = groups_by_name(model)["decay"]
@@ -168,6 +177,7 @@ OPTIMIZERS = {
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
     "adafactor": torch.optim.Adafactor,
+    "rotation-muon": RotationMuon,
     "transformers-adafactor": functools.partial(Adafactor, scale_parameter=False, relative_step=False),
 }
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

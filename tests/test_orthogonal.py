@@ -10,9 +10,11 @@ from poet_peft.orthogonal import (
     cayley_neumann_offset,
     cayley_offset,
     orthogonality_error,
+    orthogonalize,
     skew,
     skew_norm,
     spectrum_bound,
+    upper_triangle,
 )
 
 
@@ -74,6 +76,12 @@ def test_skew_keeps_leading_dimensions_apart():
     for i in range(2):
         for j in range(3):
             assert torch.equal(Q[i, j], skew(upper[i, j], 5))
+
+
+@for_every_size
+def test_upper_triangle_is_what_skew_was_made_of(n):
+    upper = normal(3, n * (n - 1) // 2)
+    assert torch.equal(upper_triangle(skew(upper, n)), upper)
 
 
 @pytest.mark.parametrize("number", [0, 5, 7, 16])
@@ -283,3 +291,36 @@ def test_skew_norm_finds_any_single_plane(plane):
     Q = torch.zeros(5, 5)
     Q[plane] = 0.25
     assert float(skew_norm(Q - Q.T)) == pytest.approx(0.25, rel=1e-6)
+
+
+# orthogonalize
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 16, 33])
+@for_both_dtypes
+def test_orthogonalized_singular_values_are_near_one_but_for_those_of_zero(n, dtype):
+    values = torch.linalg.svdvals(orthogonalize(skew_by_hand(n, 5.0, dtype=dtype), num_steps=8))
+    assert values[n // 2 * 2 - 1] > 0.68
+    assert values[0] < 1.21
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 16, 33])
+def test_orthogonalized_skew_matrix_is_skew(n):
+    O = orthogonalize(skew_by_hand(n, 1.0))
+    torch.testing.assert_close(O.mT, -O, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 16, 33])
+def test_orthogonalize_keeps_singular_vectors(n):
+    """It commutes with the matrix, and in each plane the sense of rotation stays."""
+    Q = skew_by_hand(n, 1.0)
+    O = orthogonalize(Q)
+    torch.testing.assert_close(O @ Q, Q @ O, rtol=0, atol=1e-10)
+    assert (torch.linalg.eigvalsh((Q.mT @ O + O.mT @ Q) / 2) > -1e-10).all()
+
+
+def test_orthogonalize_leaves_zero_as_it_is():
+    Q = torch.stack([skew_by_hand(4, 1.0), torch.zeros(4, 4, dtype=torch.float64)])
+    O = orthogonalize(Q)
+    assert not O[1].any()
+    torch.testing.assert_close(O[0], orthogonalize(Q[0]))

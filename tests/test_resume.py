@@ -33,6 +33,7 @@ REGIMES = {
 CASES = {
     **REGIMES,
     **{f"{name}_bf16": {**case, "dtype": "bfloat16"} for name, case in REGIMES.items()},
+    "periodic_rest_muon": {**REGIMES["periodic_rest"], "optimizer": "RotationMuon"},
     **{f"{name}_accumulated": {**case, "gradient_accumulation_steps": 2} for name, case in REGIMES.items()},
 }
 # Folds are at steps 4 and 8, and the clip is tightened at steps 5 and 6.

@@ -15,8 +15,8 @@ LABELS = {
     "lora": "LoRA, r = 16",
     "oft": "OFT, b = 64",
     "poet-bs": "POET-BS, b = 32",
+    "poet-bs-muon": "POET-BS, b = 32, RotationMuon",
     "poet-fs": "POET-FS, b = 152",
-    "poet-bs-16": "POET-BS, b = 16",
     "poet-bs-64": "POET-BS, b = 64",
     "poet-bs-64-only-R": "POET-BS, b = 64, only R",
     "poet-bs-64-only-P": "POET-BS, b = 64, only P",
@@ -25,7 +25,7 @@ LABELS = {
     "poet-bs-constant": "POET-BS, b = 32, constant learning rate",
     "poet-bs-folds": "POET-BS, b = 32, folds every 5 steps",
 }
-METHODS = "full", "lora", "oft", "poet-bs", "poet-fs"
+METHODS = "full", "lora", "oft", "poet-bs", "poet-bs-muon", "poet-fs"
 
 
 class Run(NamedTuple):

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from workers.leave import leave
 
-from poet_peft import merge_and_reinitialize
+from poet_peft import RotationMuon, merge_and_reinitialize, poet_param_groups
 
 
 NUM_STEPS, MERGE_INTERVAL, SAVED_AT = 9, 4, (4, 5)
@@ -45,6 +45,10 @@ def build(seed=0):
 def make_optimizer(model):
     # A large eps: the step of a gradient that is only rounding is not the same in two ways to add up.
     return adamw(model, eps=1e-3)
+
+
+def make_rotation_muon(model):
+    return RotationMuon(poet_param_groups(model, lr=1e-3, poet_lr=2e-2), eps=1e-3)
 
 
 def micro_batches(step, rank, world_size):
@@ -163,6 +167,10 @@ def main():
     model = shard(model)
     optimizer = make_optimizer(model)
     finish("checkpointing", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
+
+    model = shard(build())
+    optimizer = make_rotation_muon(model)
+    finish("rotation_muon", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
 
     model = shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = make_optimizer(model)

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
-from poet_peft import POETCallback, poet_param_groups
+from poet_peft import POETCallback, RotationMuon, poet_param_groups
 from poet_peft.model import poet_layers
 
 
@@ -49,11 +49,15 @@ def build(regime, train_rest, dtype="float32", seed=0, dropout=0.1):
     return model
 
 
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "RotationMuon": RotationMuon}
+
+
 def make_trainer(case, directory, seed=0, **arguments):
     case = dict(case)
     options = {key: case.pop(key) for key in ("dtype", "dropout") if key in case}
     model = build(case.pop("regime"), case.pop("train_rest", False), seed=seed, **options)
     eps = case.pop("eps", 1e-8)
+    make_optimizer = OPTIMIZERS[case.pop("optimizer", "AdamW")]
     groups = poet_param_groups(model, lr=3e-3, poet_lr=1e-2, weight_decay=0.01)
     settings = {
         "max_steps": NUM_STEPS,
@@ -75,7 +79,7 @@ def make_trainer(case, directory, seed=0, **arguments):
         train_dataset=text(32),
         eval_dataset=text(8, first=64),
         callbacks=[POETCallback(CLIP_RAMP)],
-        optimizers=(torch.optim.AdamW(groups, eps=eps), None),
+        optimizers=(make_optimizer(groups, eps=eps), None),
     )
 
 

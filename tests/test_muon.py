@@ -1,0 +1,165 @@
+"""RotationMuon: how far it turns what, and that everything else gets AdamW."""
+
+import copy
+
+import pytest
+import torch
+from models import assert_same_state, gpt2, llama, step, wrap
+
+from poet_peft import RotationMuon, poet_param_groups
+from poet_peft.model import poet_layers
+from poet_peft.optim import rotation_parameters
+
+
+LR = 0.01
+SIZES = {"blocks": 8, "with-remainder": 7, "pairs": 2, "whole": 1.0}
+each_size = pytest.mark.parametrize("block_size", SIZES.values(), ids=SIZES)
+
+
+def muon(model, lr=1e-3, poet_lr=LR, **kwargs):
+    return RotationMuon(poet_param_groups(model, lr=lr, poet_lr=poet_lr), **kwargs)
+
+
+def at_the_identity(block_size=8, regime="block_stochastic"):
+    variant = "fully_stochastic" if isinstance(block_size, float) else "block_stochastic"
+    return wrap(llama(), regime, block_size=block_size, variant=variant, init_weights=True)
+
+
+def rotations(model):
+    return [rotation for _, layer in poet_layers(model) for rotation in layer.rotations("default")]
+
+
+def angles(model):
+    """Radians of all planes of all blocks; the largest ones of each block first."""
+    return [
+        2 * torch.linalg.svdvals(Q)[:, : Q.shape[-1] // 2 * 2].double().atan()
+        for rotation in rotations(model)
+        for Q in rotation.skew_blocks()
+    ]
+
+
+def random_gradients(model, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+@each_size
+def test_a_step_turns_every_plane_by_about_the_learning_rate(block_size):
+    model = at_the_identity(block_size)
+    random_gradients(model)
+    muon(model, num_newton_schulz_steps=8).step()
+    for angle in angles(model):
+        assert angle.min() > 0.6 * LR
+        assert angle.max() < 1.25 * LR
+
+
+@each_size
+def test_a_step_turns_against_the_gradient(block_size):
+    model = at_the_identity(block_size)
+    random_gradients(model)
+    gradients = [rotation.weight.grad.clone() for rotation in rotations(model)]
+    muon(model).step()
+    assert all(rotation.weight @ gradient < 0 for rotation, gradient in zip(rotations(model), gradients, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
+def test_scale_of_the_gradient_does_not_matter(scale):
+    model, other = at_the_identity(), at_the_identity()
+    random_gradients(model)
+    random_gradients(other, scale)
+    muon(model).step()
+    muon(other).step()
+    for a, b in zip(rotation_parameters(model), rotation_parameters(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * LR)
+
+
+def test_momentum_is_the_exponential_mean_of_the_gradients():
+    model = at_the_identity()
+    optimizer = muon(model, momentum=0.75)
+    expected = torch.zeros_like(rotations(model)[0].weight)
+    for seed in range(3):
+        random_gradients(model, seed=seed)
+        expected = 0.75 * expected + 0.25 * rotations(model)[0].weight.grad
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[rotations(model)[0].weight]["momentum_buffer"], expected)
+
+
+def test_block_without_gradient_does_not_turn():
+    model = at_the_identity(8)
+    random_gradients(model)
+    weight = rotations(model)[0].weight
+    weight.grad[:28] = 0
+    muon(model).step()
+    assert not weight[:28].any()
+    assert weight[28:].any()
+
+
+def test_rotation_without_gradient_stays_and_has_no_state():
+    model = at_the_identity()
+    random_gradients(model)
+    first = rotations(model)[0].weight
+    first.grad = None
+    optimizer = muon(model)
+    optimizer.step()
+    assert not first.any()
+    assert first not in optimizer.state
+
+
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
+def test_everything_else_gets_adamw(build):
+    model = wrap(build(), "pretraining")
+    other = copy.deepcopy(model)
+    optimizer = muon(model)
+    groups = [group for group in poet_param_groups(other, lr=1e-3, poet_lr=LR) if group["name"] != "poet"]
+    adamw = torch.optim.AdamW(groups)
+    for seed in range(3):
+        random_gradients(model, seed=seed)
+        random_gradients(other, seed=seed)
+        optimizer.step()
+        adamw.step()
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    expected = {name: parameter for name, parameter in other.named_parameters() if id(parameter) in trained}
+    actual = dict(model.named_parameters())
+    assert expected
+    assert_same_state({name: actual[name] for name in expected}, expected)
+
+
+def test_scheduled_learning_rate_is_used():
+    model = at_the_identity()
+    optimizer = muon(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+    random_gradients(model)
+    optimizer.step()
+    assert max(angle.max() for angle in angles(model)) < 0.65 * LR
+
+
+def test_closure_is_called_and_its_loss_returned():
+    model = at_the_identity()
+    optimizer = muon(model)
+
+    def closure():
+        random_gradients(model)
+        return torch.tensor(3.0)
+
+    assert optimizer.step(closure) == 3.0
+    assert rotations(model)[0].weight.any()
+
+
+def test_training_lowers_the_loss():
+    model = at_the_identity(16)
+    optimizer = muon(model, poet_lr=0.05)
+    losses = [step(model, optimizer) for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_plain_parameters_are_refused():
+    with pytest.raises(ValueError, match="poet_param_groups"):
+        RotationMuon(wrap(llama()).parameters())
+
+
+@pytest.mark.parametrize(("name", "value"), [("momentum", 1.0), ("momentum", -0.1), ("num_newton_schulz_steps", 0)])
+def test_setting_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        muon(wrap(llama()), **{name: value})
