@@ -7,7 +7,7 @@ import pytest
 
 
 # The learning rate at which a pretended method is at its best.
-OPTIMUM = {"full": 3e-5, "lora": 1e-3, "oft": 2.8e-4, "poet-bs": 3e-4, "poet-fs": 1e-3}
+OPTIMUM = {"full": 3e-5, "lora": 1e-3, "oft": 2.8e-4, "poet-bs": 3e-4, "poet-bs-muon": 1.2e-3, "poet-fs": 1e-3}
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_report_says_what_is_unfinished(benchmark, tmp_path):
     for name in ("lora_0.001_42", "lora_0.003_42", "oft_0.0001_42", "oft_0.0004_42", "oft_0.001_42"):
         pretend(benchmark, name, tmp_path)
     assert (
-        "**Not finished:** no run yet: full fine-tuning, POET-BS, b = 32, POET-FS, b = 152; best at the edge of the "
-        "learning rates tried: LoRA, r = 16; one seed: LoRA, r = 16, OFT, b = 64."
+        "**Not finished:** no run yet: full fine-tuning, POET-BS, b = 32, POET-BS, b = 32, RotationMuon, POET-FS, "
+        "b = 152; best at the edge of the learning rates tried: LoRA, r = 16; one seed: LoRA, r = 16, OFT, b = 64."
     ) in benchmark.report.section()
 
 
