@@ -35,14 +35,15 @@ GRID = {
     "poet-bs-muon": (["--block_size", BLOCK, "--rotation_optimizer", "muon"], [6e-4, 1.2e-3, 2.4e-3]),
     "poet-fs": (["--variant", "fully_stochastic", "--block_size", 152], [1e-4, 3e-4, 1e-3]),
 }
-# What may help POET, once each: the best learning rate of poet-bs, turning blocks of another size by the same angle.
+MUON = ["--rotation_optimizer", "muon"]
+# What may help POET further, once each at the best learning rate of poet-bs-muon, an angle whatever the block size.
 VARIANTS = {
-    "poet-bs-64": (["--block_size", 64], 64),
-    "poet-bs-64-only-R": (["--block_size", 64, "--freeze", "poet_P"], 64),
-    "poet-bs-64-only-P": (["--block_size", 64, "--freeze", "poet_R"], 64),
-    "poet-bs-norms": (["--block_size", BLOCK, "--train_norms", "True"], BLOCK),
-    "poet-bs-warmup": (["--block_size", BLOCK, "--warmup_steps", 5], BLOCK),
-    "poet-bs-folds": (["--block_size", BLOCK, "--merge_interval", 5], BLOCK),
+    "poet-bs-muon-64": [*MUON, "--block_size", 64],
+    "poet-bs-muon-64-only-R": [*MUON, "--block_size", 64, "--freeze", "poet_P"],
+    "poet-bs-muon-64-only-P": [*MUON, "--block_size", 64, "--freeze", "poet_R"],
+    "poet-bs-muon-norms": [*MUON, "--block_size", BLOCK, "--train_norms", "True"],
+    "poet-bs-muon-warmup": [*MUON, "--block_size", BLOCK, "--warmup_steps", 5],
+    "poet-bs-muon-folds": [*MUON, "--block_size", BLOCK, "--merge_interval", 5],
 }
 MAX_EXTRA_RATES = 3
 KEPT_SETTINGS = [
@@ -144,15 +145,16 @@ def wanted():
             print(f"{label}: the best learning rate is still at the edge of those tried", file=sys.stderr)
         if label in best_rate:
             want(label, flags, best_rate[label], SEEDS[1])
-            if label == "poet-bs":
-                for variant, (variant_flags, block) in VARIANTS.items():
-                    rate = float(f"{best_rate[label] * math.sqrt(BLOCK / block):.1e}")
-                    want(variant, variant_flags, rate)
+            if label == "poet-bs-muon":
+                for variant, variant_flags in VARIANTS.items():
+                    want(variant, variant_flags, best_rate[label])
     return runs
 
 
 def execute(name, flags, args):
     """One run of the example; what it measured goes into a file of its name."""
+    if (report.RESULTS / f"{name}.json").is_file():  # another process has run it meanwhile
+        return
     with tempfile.TemporaryDirectory() as directory:
         data = ["--data", args.data, "--steps", args.steps]
         data += ["--num_test_rows", args.num_test_rows, "--num_prose_tokens", args.num_prose_tokens]

@@ -56,6 +56,7 @@ AUTO_CLASSES = {
 HYPERPARAMETERS = (
     "poet_lr",
     "learning_rate",
+    "rotation_optimizer",
     "weight_decay",
     "optim",
     "lr_scheduler_type",

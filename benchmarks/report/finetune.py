@@ -17,13 +17,12 @@ LABELS = {
     "poet-bs": "POET-BS, b = 32",
     "poet-bs-muon": "POET-BS, b = 32, RotationMuon",
     "poet-fs": "POET-FS, b = 152",
-    "poet-bs-64": "POET-BS, b = 64",
-    "poet-bs-64-only-R": "POET-BS, b = 64, only R",
-    "poet-bs-64-only-P": "POET-BS, b = 64, only P",
-    "poet-bs-norms": "POET-BS, b = 32, norms train too",
-    "poet-bs-warmup": "POET-BS, b = 32, 5 steps of warmup",
-    "poet-bs-constant": "POET-BS, b = 32, constant learning rate",
-    "poet-bs-folds": "POET-BS, b = 32, folds every 5 steps",
+    "poet-bs-muon-64": "b = 64, twice the parameters",
+    "poet-bs-muon-64-only-R": "b = 64, only R",
+    "poet-bs-muon-64-only-P": "b = 64, only P",
+    "poet-bs-muon-norms": "norms train too, with AdamW at the same learning rate",
+    "poet-bs-muon-warmup": "5 steps of warmup",
+    "poet-bs-muon-folds": "folds every 5 steps",
 }
 METHODS = "full", "lora", "oft", "poet-bs", "poet-bs-muon", "poet-fs"
 
@@ -112,9 +111,9 @@ def rates_table():
 
 
 def variants_table():
-    """POET's variants, one seed each, beside poet-bs with that seed."""
+    """POET's variants, one seed each, beside poet-bs-muon with that seed."""
     lines = ["| | learning rate | held-out loss | perplexity elsewhere | trained |", "|---|---|---|---|---|"]
-    for label in measured(["poet-bs", *(label for label in LABELS if label not in METHODS)]):
+    for label in measured(["poet-bs-muon", *(label for label in LABELS if label not in METHODS)]):
         rate, runs = best(label)
         lines.append(
             f"| {LABELS[label]} | {rate:g} | {runs[0]['eval_loss']:.3f} | {runs[0]['prose_perplexity']:.2f} | "
