@@ -209,7 +209,7 @@ def plot(path=PLOT):
         ylim=(max(gains) - 0.12, max(gains) + 0.01),
         xlabel="forgetting: rise of the loss on unrelated prose (nats per token)",
         ylabel="gain: fall of the held-out loss (nats per token)",
-        title="SmolLM2-135M on GSM8K. Lines: learning rates, first seed; diamonds: the best, mean of its seeds (dotted)",
+        title="SmolLM2-135M on GSM8K. Lines: learning rates, first seed. Diamonds: the best, mean of seeds (dotted)",
     )
     axes.title.set_size(9)
     axes.grid(alpha=0.3)
