@@ -174,10 +174,13 @@ def main():
     if not torch.allclose(logits, reloaded_logits, atol=1e-5):
         raise RuntimeError(f"the adapter in {output_dir} gives other logits than the trained model")
 
-    source = {"name": Path(args.data).name if args.data else f"GLUE {args.task}"}
-    source |= (
-        {"source": "A local file."} if args.data else {"source": "GLUE.", "id": "nyu-mll/glue", "config": args.task}
-    )
+    if args.data:
+        data, test_data = (
+            {"name": Path(file).name, "source": "A local file."} for file in (args.data, args.test_data)
+        )
+    else:
+        data = {"name": f"GLUE {args.task}", "source": "GLUE.", "id": "nyu-mll/glue", "config": args.task}
+        data, test_data = data | {"split": "train"}, data | {"split": "validation"}
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     accuracies = {"metric": "accuracy", "name": "Accuracy", "value": after, "before": before}
     metrics = {
@@ -185,8 +188,8 @@ def main():
         "task": "text-classification",
         "labels": labels,
         "base_model": "sentence-transformers/all-MiniLM-L6-v2" if args.model == "minilm" else args.model,
-        "data": source | {"split": "train"},
-        "evaluation": [accuracies | {"size": f"{len(test):,} rows", "data": source | {"split": "validation"}}],
+        "data": data,
+        "evaluation": [accuracies | {"size": f"{len(test):,} rows", "data": test_data}],
         "config": json.loads((output_dir / "adapter_config.json").read_text()),
         "eval_accuracy": after,
         "eval_accuracy_before": before,

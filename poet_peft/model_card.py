@@ -331,7 +331,8 @@ def _is_missing(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    # PEFT writes sets of module names as lists, in another order each time.
+    text = ", ".join(sorted(map(str, value))) if isinstance(value, list) else str(value)
     return text.replace("|", r"\|")  # ends a table's cell otherwise, as in a regular expression of module names
 
 

@@ -210,6 +210,12 @@ def test_classify_saves_the_head_with_the_adapter(classified):
 
 
 @pytest.mark.slow
+def test_classify_names_the_file_that_it_trained_on_and_the_one_it_was_evaluated_on(classified):
+    _, metrics, _ = classified
+    assert (metrics["data"]["name"], metrics["evaluation"][0]["data"]["name"]) == ("train.tsv", "test.tsv")
+
+
+@pytest.mark.slow
 def test_classify_counts_the_head_once(classified):
     _, metrics, _ = classified
     model = bert_classifier(vocab_size=258, num_labels=2)

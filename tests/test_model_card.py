@@ -126,6 +126,11 @@ def test_configuration_is_shown():
     assert table["block_size"] == ["16"] and table["target_modules"] == ["all-linear"]
 
 
+def test_modules_are_shown_in_the_same_order_whatever_that_of_the_file_is():
+    metrics = METRICS | {"config": METRICS["config"] | {"target_modules": ["v", "q", "k"]}}
+    assert rows(card(metrics).text, "POETConfig")["target_modules"] == ["k, q, v"]
+
+
 def test_a_regular_expression_stays_in_its_cell():
     metrics = METRICS | {"config": METRICS["config"] | {"target_modules": ".*(q|v)_proj"}}
     assert r"| `target_modules` | `.*(q\|v)_proj` |" in card(metrics).text
