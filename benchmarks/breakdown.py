@@ -10,13 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-from harness.methods import adamw, build_layer, is_poet, trainable
+from harness.methods import is_poet
+from harness.one_layer import LayerContender
 from harness.results import start
+from report.breakdown import RESULT
 from torch.profiler import ProfilerActivity, profile
 
 
-RESULT = Path(__file__).parent / "results" / "breakdown-cpu.json"
 CELLS = [(512, 512, 4096), (512, 512, 2048), (512, 1376, 2048), (512, 512, 256)]
 METHODS = "full", "poet-64", "poet-128", "poet-256"
 KINDS = {
@@ -27,25 +27,13 @@ KINDS = {
 NUM_WARM_UP, NUM_STEPS = 3, 10
 
 
-def milliseconds(method, shape, num_tokens, accumulates):
+def milliseconds(contender, accumulates):
     """Of one forward and backward, by kind of operation."""
-    layer = build_layer(method, *shape, "cpu", torch.float32, 0)
-    optimizer = adamw(trainable(layer))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(num_tokens, shape[0], generator=generator).requires_grad_()
-    grad_y = torch.randn(num_tokens, shape[1], generator=generator)
-
-    def run():
-        x.grad = None
-        layer(x).backward(grad_y)
-        if not accumulates:
-            optimizer.zero_grad()
-
     for _ in range(NUM_WARM_UP):
-        run()
+        contender.micro_batch(accumulates)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(NUM_STEPS):
-            run()
+            contender.micro_batch(accumulates)
     seconds = {event.key: event.self_cpu_time_total / 1e3 / NUM_STEPS for event in profiled.key_averages()}
     kinds = {kind: sum(seconds.pop(name, 0.0) for name in names) for kind, names in KINDS.items()}
     return kinds | {"other": sum(time for name, time in seconds.items() if name.startswith("aten::"))}
@@ -56,14 +44,17 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--cells", type=json.loads, default=CELLS, help="in x out features x tokens, as JSON")
     args = parser.parse_args()
+    settings = {"device": "cpu", "dtype": "float32"}
     rows = []
     for in_features, out_features, num_tokens in args.cells:
         for method in METHODS:
             for phase in ("first", "later") if is_poet(method) else ("",):
-                kinds = milliseconds(method, (in_features, out_features), num_tokens, phase == "later")
+                contender = LayerContender(
+                    method, (in_features, out_features), num_tokens, argparse.Namespace(seed=0, **settings)
+                )
+                kinds = milliseconds(contender, phase == "later")
                 shape = {"in_features": in_features, "out_features": out_features, "tokens": num_tokens}
                 rows.append(shape | {"method": method, "phase": phase, "milliseconds": kinds})
-    settings = {"device": "cpu", "dtype": "float32"}
     machine = start(argparse.Namespace(threads=0, **settings))
     result = {"command": "breakdown", "machine": machine, "settings": settings, "rows": rows}
     args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -218,9 +218,9 @@ def check_block_outer(bench):
             again = triton_ops.block_outer(a, b, order, num_blocks, block_size)
             error = relative_error(out, expected)
             if remainder:
-                start = num_blocks * block_size
-                expected_rest = torch_block_outer(a.double(), b.double(), order[start:], 1, remainder)
-                rest = triton_ops.block_outer(a, b, order, 1, remainder, start)
+                in_blocks = num_blocks * block_size
+                expected_rest = torch_block_outer(a.double(), b.double(), order[in_blocks:], 1, remainder)
+                rest = triton_ops.block_outer(a, b, order, 1, remainder, in_blocks)
                 error = max(error, relative_error(rest, expected_rest))
             name = str(dtype).removeprefix("torch.")
             rows.append(

@@ -74,11 +74,20 @@ class RotationMuon(torch.optim.Optimizer):
             else:
                 rest.append(group)
         if rest:
-            # It shares groups and states with this optimizer, so that schedulers, checkpoints and folds see them.
-            adamw = torch.optim.AdamW(rest)
-            adamw.state = self.state
-            adamw.step()
+            self._adamw_of(rest).step()
         return loss
+
+    def _adamw_of(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """AdamW that shares groups and state with this optimizer, so that schedulers, checkpoints and folds see them.
+
+        Kept from step to step, since making one takes milliseconds, until loading replaces groups and state.
+        """
+        adamw = getattr(self, "_adamw", None)
+        is_current = adamw is not None and adamw.state is self.state
+        if not is_current or list(map(id, adamw.param_groups)) != list(map(id, groups)):
+            adamw = self._adamw = torch.optim.AdamW(groups)
+            adamw.state = self.state
+        return adamw
 
     def _turn(self, parameter: Tensor, partition: BlockPartition, group: dict[str, Any]) -> None:
         state = self.state[parameter]

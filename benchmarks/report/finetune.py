@@ -193,25 +193,32 @@ def plot(path=PLOT):
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     gains = []
     for i, label in enumerate(measured(METHODS)):
-        rates = [(rate, forgetting(runs[:1]), gain(runs[:1])) for rate, runs in sorted(by_rate(label))]
-        gains += [y for _, _, y in rates]
-        (line,) = axes.plot(*zip(*[(x, y) for _, x, y in rates], strict=True), "-", linewidth=0.8, marker=".")
-        for rate, x, y in rates:
+        points = {rate: (forgetting(runs[:1]), gain(runs[:1])) for rate, runs in sorted(by_rate(label))}
+        gains += [y for _, y in points.values()]
+        (line,) = axes.plot(*zip(*points.values(), strict=True), ".-", linewidth=0.8)
+        for rate, point in points.items():
             near = {"textcoords": "offset points", "xytext": (5, 7 * (i % 3) - 9)}
-            axes.annotate(f"{rate:g}", (x, y), fontsize=6, color=line.get_color(), annotation_clip=True, **near)
+            axes.annotate(f"{rate:g}", point, fontsize=6, color=line.get_color(), annotation_clip=True, **near)
         runs = best(label)[1]
         each = [(forgetting([run]), gain([run])) for run in runs]
         axes.plot(*zip(*each, strict=True), ":", color=line.get_color())
-        point = forgetting(runs), gain(runs)
-        axes.plot(*point, "D", markersize=8, color=line.get_color(), markeredgecolor="black", label=LABELS[label])
+        axes.plot(
+            forgetting(runs),
+            gain(runs),
+            "D",
+            markersize=8,
+            color=line.get_color(),
+            markeredgecolor="black",
+            label=LABELS[label],
+        )
     axes.set(
         xlim=(-0.02, 0.16),
         ylim=(max(gains) - 0.12, max(gains) + 0.01),
         xlabel="forgetting: rise of the loss on unrelated prose (nats per token)",
         ylabel="gain: fall of the held-out loss (nats per token)",
-        title="SmolLM2-135M on GSM8K. Lines: learning rates, first seed. Diamonds: the best, mean of seeds (dotted)",
     )
-    axes.title.set_size(9)
+    title = "SmolLM2-135M on GSM8K. Lines: learning rates, first seed. Diamonds: the best, mean of seeds (dotted)"
+    axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
