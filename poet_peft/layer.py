@@ -407,6 +407,7 @@ class Linear(nn.Module, POETLayer):
         super().__init__()
         POETLayer.__init__(self, base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
+        self.train(base_layer.training)
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -66,7 +66,7 @@ class Rotation(nn.Module):
 
     def forward(self) -> Side:
         # A call, not an attribute, so that hooks which fetch parameters (offloading, FSDP) have their turn.
-        kept = self._kept if self.keeps_blocks else None
+        kept = self._kept if self.keeps_blocks and not torch.compiler.is_compiling() else None
         return Side(self.index, full(self.weight), self.partition, self.orthogonal_map, kept)
 
     def draw_index(self, seed: int, num_reinits: int) -> Tensor:
