@@ -135,6 +135,16 @@ class POETModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for _, layer in poet_layers(self.model):
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            for rotation in layer.rotations(adapter_name):
+                if dtype is not None and dtype.is_floating_point:
+                    rotation.to(dtype)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for adapter_name in self.active_adapters:
