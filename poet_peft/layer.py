@@ -112,7 +112,7 @@ class POETLayer(BaseTunerLayer):
             if config.compensated_folds and self.quantization_backend is None:
                 self._compensated_adapters.add(adapter_name)
                 self._ensure_residual(adapter_name)
-            self._may_lack_folds |= config._is_from_file and self.quantized_format is not None
+            self._may_lack_folds |= config.is_from_file and self.quantized_format is not None
         if config.keep_initial_weights and self.poet_initial_weight is None:
             self.poet_initial_weight = self.get_base_layer().weight.detach().clone()
 

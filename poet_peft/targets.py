@@ -45,7 +45,7 @@ def check_targets(
     if clipped:
         warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
     _warn_of_unmatched_patterns(config, [name for name, _ in targets])
-    if config.base_init is not None and not config._is_from_file:
+    if config.base_init is not None and not config.is_from_file:
         _warn_if_pretrained(model, config)
 
 
@@ -145,7 +145,7 @@ def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig, **qu
             f"{what}, whose weight cannot be read and quantized anew. Use merge_interval=0, add it to "
             "exclude_modules, or quantize the base with bitsandbytes or torchao."
         )
-    if not config._is_from_file:  # what is in a file was quantized anew; in low-memory loading nothing else can be
+    if not config.is_from_file:  # what is in a file was quantized anew; in low-memory loading nothing else can be
         quantized.check_can_requantize(name, layer)
 
 
