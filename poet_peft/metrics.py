@@ -52,6 +52,11 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_text, value))
 
 
+def _is_labels(value: Any) -> bool:
+    is_index = [isinstance(label, int) for label in value] if isinstance(value, list | tuple) else []
+    return bool(is_index) and (all(is_index) or _is_texts(value))
+
+
 class _Kind(NamedTuple):
     name: str
     includes: Callable[[Any], bool]
@@ -59,6 +64,7 @@ class _Kind(NamedTuple):
 
 _TEXT = _Kind("text", _is_text)
 _TEXTS = _Kind("list of texts", _is_texts)
+_LABELS = _Kind("list of texts or integers", _is_labels)
 _NUMBER = _Kind("number", _is_number)
 _FINITE = _Kind("finite number", lambda value: _is_number(value) and math.isfinite(value))
 _OBJECT = _Kind("object", lambda value: isinstance(value, Mapping))
@@ -104,7 +110,7 @@ _KEYS = {
     "versions.peft": _Key(_TEXT, "write peft.__version__"),
     "versions.poet_peft": _Key(_TEXT, "write poet_peft.__version__"),
     "evaluation": _Key(_LIST, "write a list of results; one that was not evaluated cannot have a card"),
-    "labels": _Key(_TEXTS, "write the names of the classes in the order of their indexes", optional=True),
+    "labels": _Key(_LABELS, "write the names of the classes in the order of their indexes", optional=True),
     "train_tokens": _measured("the number of tokens that it was trained on"),
     "train_seconds": _measured("the seconds that training took"),
     "peak_memory_mb": _measured("the peak memory in MB"),

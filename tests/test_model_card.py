@@ -206,12 +206,12 @@ def test_missing_key_is_named(path):
         ({"parameters": {"model": None, "trained": 1}}, "parameters.model=None is no finite number"),
         ({"versions": METRICS["versions"] | {"torch": 2.0}}, "versions.torch=2.0 is no text"),
         ({"base_model": 5}, "base_model=5 is no text"),
-        ({"labels": "good"}, "labels='good' is no list of texts"),
+        ({"labels": "good"}, "labels='good' is no list of texts or integers"),
         ({"limits": "One sentence."}, "limits='One sentence.' is no list of texts; write a list of sentences"),
         ({"train_tokens": "many"}, "train_tokens='many' is no number; write the number of tokens"),
         ({"hardware": 2}, r"hardware=2 is no text; write what hardware\(\) returns"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_metrics_that_no_card_can_be_made_of_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -306,6 +306,10 @@ def test_snippet_of_a_classifier_prints_a_label(base, tmp_path, capsys):
     get_peft_model(classifier, poet_config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
     text = card(CLASSIFIER | {"base_model": str(base)}, repo_id=str(tmp_path / "adapter")).text
     assert run_as_written(snippet(text), capsys) in ("bad", "good")
+
+
+def test_labels_may_be_integers():
+    assert "id2label={0: 3, 1: 5}" in snippet(card(CLASSIFIER | {"labels": [3, 5]}).text)
 
 
 def test_saving_the_model_again_keeps_the_text(tmp_path):
