@@ -12,7 +12,7 @@ from .config import POETConfig
 from .merging import MergeReport, merge_and_reinitialize
 from .model import poet_layers
 from .optim import check_can_fold, rotation_parameters
-from .sharding import check_sharding
+from .sharding import check_checkpoints_hold_folds, check_sharding
 
 
 class POETCallback(TrainerCallback):
@@ -76,6 +76,7 @@ class POETCallback(TrainerCallback):
                 "trainer, or wrap the model with get_peft_model first."
             )
         if _config(model).merge_interval:
+            check_checkpoints_hold_folds()
             check_can_fold(optimizer, rotations)
             for _, layer in poet_layers(model):
                 for adapter_name in layer.poet_schedule:

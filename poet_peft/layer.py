@@ -25,7 +25,7 @@ from .precision import LOW_PRECISION, at_least_fp32, join, nothing_cut_off, spli
 from .primitives import partition_side
 from .quantization import quantized_format
 from .rotation import Rotation
-from .sharding import full, some_model_is_sharded, write
+from .sharding import full, keep_replicas_equal, mesh_of, some_model_is_sharded, write
 
 
 _NUM_PROBES = 8
@@ -100,6 +100,7 @@ class POETLayer(BaseTunerLayer):
                 num_neumann_terms=config.num_neumann_terms,
                 seed=config.seed,
             )
+            rotation.mesh = mesh_of(getattr(self.get_base_layer(), "weight", None))
             if not config.init_weights:
                 nn.init.normal_(rotation.weight, std=0.1 / rotation.partition.block_size**0.5)
             # As PEFT's tuners do: in the dtype of the base weight, from which PEFT goes to fp32 by default.
@@ -180,6 +181,11 @@ class POETLayer(BaseTunerLayer):
         return [name for name in self.active_adapters if self.has_adapter(name)]
 
     def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            for name in self._active_here():
+                for rotation in self.rotations(name):
+                    if rotation.mesh is not None:
+                        keep_replicas_equal(rotation.weight, rotation.mesh)
         R, P = self._rotation_parameters(self._active_here())
         base_layer = self.get_base_layer()
         if self.quantization_backend is not None or hasattr(base_layer, "_hf_hook"):

@@ -10,7 +10,7 @@ from torch import nn
 from .errors import POETMergeError
 from .model import poet_layers
 from .optim import check_can_fold, reset_optimizer_state
-from .sharding import check_sharding, reshard
+from .sharding import check_checkpoints_hold_folds, check_sharding, reshard
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def merge_and_reinitialize(
     if not layers:
         raise ValueError("the model has no POET layer to fold: wrap it first, get_peft_model(model, POETConfig(...)).")
     check_sharding(model)
+    check_checkpoints_hold_folds()
     reshard(model)
     for name, layer, adapter in layers:
         if not layer.is_periodic(adapter):

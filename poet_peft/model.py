@@ -28,7 +28,7 @@ from .gguf import clear_leftover_gguf_flags
 from .initialization import draw_weight
 from .layer import Linear, POETLayer
 from .quantization import keep_exact, quantized_keys
-from .sharding import reshard
+from .sharding import check_gathered_in_forward, reshard
 from .targets import check_targets, warn_of_unreached_weights
 
 
@@ -66,6 +66,7 @@ class POETModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         keep_exact(model)
+        reshard(model)
         if kwargs.get("state_dict") is None:
             self._check_targets(model, self.peft_config[adapter_name])
         clear_leftover_gguf_flags(model)
@@ -84,6 +85,7 @@ class POETModel(BaseTuner):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = [(name, module) for name, module in targets if not name.startswith(inside)]
 
+        check_gathered_in_forward(model, targets)
         quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
         check_targets(model, config, targets, **quantization_kwargs)
         warn_of_unreached_weights(model, requested)

@@ -23,6 +23,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from .precision import at_least_fp32
+from .sharding import write
 
 
 # Parts that say how the others are to be read. Nothing but the same values can be loaded into a layer.
@@ -190,9 +191,9 @@ class HQQ(QuantizedFormat):
 
 @torch.no_grad()
 def overwrite(part: Tensor, value: Tensor) -> None:
-    """Copy into a tensor that may have been made in inference mode, as HQQ's are."""
+    """Copy into a tensor that may be sharded, or made in inference mode, as HQQ's are."""
     with torch.inference_mode(part.is_inference()):
-        part.copy_(value)
+        write(part, value)
 
 
 def quantized_format(backend: QuantizationBackend | None) -> QuantizedFormat | None:

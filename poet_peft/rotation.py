@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .block_map import BlockMap
 from .ops.prepared import RotationParameters
@@ -42,6 +43,8 @@ class Rotation(nn.Module):
         weight: strict upper triangles of the blocks' `Q`, row-major, one block after the other, shape
             (partition.num_parameters,). Zero is the identity.
         index: rotated features in block order, int32, shape (partition.num_rotated,).
+        mesh: the processes that each have a copy of the parameters, beside a base weight that is spread over them;
+            None in one process, and where the parameters are sharded with the base weight.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Rotation(nn.Module):
         self.side = side
         self.module_name = module_name
         self.block_map = BlockMap(partition, orthogonal_map, num_neumann_terms)
+        self.mesh: DeviceMesh | None = None
         self.weight = nn.Parameter(torch.zeros(partition.num_parameters))
         self.register_buffer("index", self.draw_index(seed, epoch))
 
