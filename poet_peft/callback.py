@@ -12,7 +12,7 @@ from .config import POETConfig
 from .merging import MergeReport, merge_and_reinitialize
 from .model import poet_layers
 from .optim import check_can_fold, rotation_parameters
-from .sharding import check_checkpoints_hold_folds, check_sharding
+from .sharding import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
 
 
 class POETCallback(TrainerCallback):
@@ -92,8 +92,7 @@ class POETCallback(TrainerCallback):
     ) -> None:
         fraction = self._clip_fraction(_config(model), self._steps_done(state))
         if fraction < 1 and args.max_grad_norm:
-            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, fraction * args.max_grad_norm)
+            clip_grad_norm(model.parameters(), fraction * args.max_grad_norm)
 
     def on_step_end(
         self,

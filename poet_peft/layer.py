@@ -170,7 +170,7 @@ class POETLayer(BaseTunerLayer):
     def _rotation_parameters(self, adapter_names: list[str]) -> tuple[list[RotationParameters], ...]:
         """Both sides' rotations, the first adapter's first."""
         R, P = ([side[name] for name in adapter_names if name in side] for side in (self.poet_R, self.poet_P))
-        return [rotation.as_parameters() for rotation in R], [rotation.as_parameters() for rotation in P]
+        return [rotation() for rotation in R], [rotation() for rotation in P]
 
     def _tensors(self, adapter_names: list[str]) -> tuple[list[reference.RotationTensors], ...]:
         """The same in the form that `reference` takes."""
@@ -233,7 +233,7 @@ class POETLayer(BaseTunerLayer):
         y = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        bias = getattr(base_layer, "bias", None)
+        bias = _bias(base_layer)
         unrotated = rotated = y if bias is None else y - bias.to(y.dtype)
         for rotation in R:
             rotated = rotate(rotated, rotation)
@@ -515,6 +515,15 @@ class POETLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
+
+
+def _bias(base_layer: nn.Module) -> Tensor | None:
+    """The bias, also where accelerate has offloaded it and puts it into the layer for its own forward only."""
+    bias = getattr(base_layer, "bias", None)
+    if bias is None or not bias.is_meta:
+        return bias
+    hook = base_layer._hf_hook
+    return hook.weights_map["bias"].to(hook.execution_device)
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

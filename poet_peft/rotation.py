@@ -78,8 +78,9 @@ class Rotation(nn.Module):
         """`G - I` of the blocks, in the shapes and dtype of `skew_blocks`."""
         return self.block_map.offsets(self.skew_blocks())
 
-    def as_parameters(self) -> RotationParameters:
-        """What the compute paths need of it."""
+    def forward(self) -> RotationParameters:
+        """What the compute paths need of it. To be called as a module, so that hooks see to the parameters being there:
+        accelerate's, where they are offloaded, for example."""
         return RotationParameters(self.index, full(self.weight), self.block_map)
 
     @torch.no_grad()

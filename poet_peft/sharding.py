@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def full(x: Tensor) -> Tensor:
@@ -129,6 +130,20 @@ def keep_replicas_equal(parameter: nn.Parameter, mesh: DeviceMesh) -> None:
     for group in groups:
         dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
     parameter._poet_average = parameter.register_post_accumulate_grad_hook(average)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_` that also takes sharded gradients beside others, as `keep_replicas_equal` has."""
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(mesh_of(parameter.grad), []).append(parameter)
+    if not by_mesh:
+        return
+    norms = [full(get_total_norm([parameter.grad for parameter in group])) for group in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, norm)
 
 
 def some_model_is_sharded() -> bool:

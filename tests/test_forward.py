@@ -37,7 +37,7 @@ def tensors(layer):
     """The arguments of a path after `x`: weight, bias, R, P."""
     base = layer.get_base_layer()
     weight = base.weight.mT if type(base).__name__ == "Conv1D" else base.weight
-    R, P = ([side[name].as_parameters() for name in side] for side in (layer.poet_R, layer.poet_P))
+    R, P = ([side[name]() for name in side] for side in (layer.poet_R, layer.poet_P))
     return weight, base.bias, R, P
 
 
