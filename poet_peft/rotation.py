@@ -79,8 +79,7 @@ class Rotation(nn.Module):
         return self.block_map.offsets(self.skew_blocks())
 
     def forward(self) -> RotationParameters:
-        """What the compute paths need of it. To be called as a module, so that hooks see to the parameters being there:
-        accelerate's, where they are offloaded, for example."""
+        """What the compute paths need of it. Call the module, for hooks that bring offloaded parameters in to run."""
         return RotationParameters(self.index, full(self.weight), self.block_map)
 
     @torch.no_grad()

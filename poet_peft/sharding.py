@@ -133,7 +133,7 @@ def keep_replicas_equal(parameter: nn.Parameter, mesh: DeviceMesh) -> None:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """`torch.nn.utils.clip_grad_norm_` that also takes sharded gradients beside others, as `keep_replicas_equal` has."""
+    """`torch.nn.utils.clip_grad_norm_` for sharded gradients beside others, as `train_rest` has on a sharded base."""
     by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

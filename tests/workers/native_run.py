@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from workers.ddp_run import digest
-from workers.fsdp_run import MERGE_INTERVAL, NUM_STEPS, train
+from workers.fsdp_run import MERGE_INTERVAL, train
 from workers.leave import leave
 from workers.resume_run import make_trainer, result_of
 
