@@ -128,8 +128,6 @@ class POETLayer(BaseTunerLayer):
         # PEFT also casts here, after low-memory loading too, where fp32 rotations would lose their digits for good.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-            if device is not None and device.type == "meta" and hasattr(self.get_base_layer(), "_hf_hook"):
-                device = self.get_base_layer()._hf_hook.execution_device  # offloaded by accelerate
         for rotation in self.rotations(adapter_name):
             if device is not None and not rotation.weight.is_meta:
                 rotation.to(device)

@@ -50,7 +50,7 @@ def set_plugin(state_dict_type):
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def make_trainer(directory, state_dict_type, regime, train_rest, seed):
+def make_trainer(directory, state_dict_type, regime, train_rest, seed, saves):
     model = build(regime, train_rest, seed=seed, dropout=0.0)
     args = TrainingArguments(
         str(directory),
@@ -59,7 +59,7 @@ def make_trainer(directory, state_dict_type, regime, train_rest, seed):
         lr_scheduler_type="cosine",
         max_grad_norm=0.5,
         logging_steps=1,
-        save_strategy="steps",
+        save_strategy="steps" if saves else "no",
         save_steps=1,
         seed=seed,
         data_seed=0,
@@ -77,7 +77,7 @@ def main():
     report = {}
     for name, case in json.loads(sys.argv[2]).items():
         resume, seed = case.pop("resume", None), case.pop("seed", 0)
-        trainer = make_trainer(directory / name, seed=seed, **case)
+        trainer = make_trainer(directory / name, seed=seed, saves=resume is None, **case)
         try:
             trainer.train(resume_from_checkpoint=resume and str(directory / resume))
         except ValueError as error:
