@@ -25,7 +25,7 @@ from .layer import Linear, POETLayer, poet_layers
 from .targets import check_supported, check_targets, warn_of_unreached_weights
 from .weights.initial import draw_weight
 from .weights.plain import features, weight_as_matrix
-from .weights.sharded import reshard
+from .weights.sharded import check_gathered_in_forward, reshard
 from .workarounds import clear_leftover_gguf_flags, keep_exact
 
 
@@ -53,6 +53,7 @@ class POETModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         keep_exact(model)
+        reshard(model)
         if kwargs.get("state_dict") is None:
             self._check_targets(model, self.peft_config[adapter_name])
         clear_leftover_gguf_flags(model)
@@ -71,6 +72,7 @@ class POETModel(BaseTuner):
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = [(name, module) for name, module in targets if not name.startswith(inside)]
 
+        check_gathered_in_forward(model, targets)
         quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
         check_targets(model, config, targets, **quantization_kwargs)
         warn_of_unreached_weights(model, requested)
