@@ -1,12 +1,18 @@
-"""Tiny models with random weights, in folders named as the repositories that PEFT's tests load from the Hub.
+"""What PEFT's tests load from the Hub, made here: tiny random models, an adapter, a tokenizer and a data set.
 
-transformers takes a folder before it asks the Hub, so tests that run inside the parent folder need no network.
+Each lies in a folder named as the repository. The libraries take a folder before they ask the Hub, so tests that run
+inside the parent folder need no network.
 """
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BartConfig,
     BertConfig,
@@ -18,6 +24,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
     T5Config,
@@ -50,9 +57,11 @@ _BART_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 160}
 _T5 = {"vocab_size": 512, "d_model": 96, "d_kv": 24, "d_ff": 160, "num_layers": 2, "num_heads": 4}
 _T5_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 
+OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
+
 # Name on the Hub, class, configuration. A name keeps the head that it has there.
 MODELS = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", _opt),
+    OPT: ("OPTForCausalLM", _opt),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", lambda: _opt(num_layers=12)),  # its layers are counted
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", lambda: GPT2Config(**_GPT, **_GPT_IDS)),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", lambda: GPT2Config(**_GPT, **_GPT_IDS)),
@@ -95,8 +104,35 @@ MODELS = {
 
 
 def make_models(folder):
-    """Write every model of the table into `folder`."""
+    """Write everything into `folder`."""
+    folder = Path(folder)
     transformers.utils.logging.disable_progress_bar()
     for name, (architecture, config) in MODELS.items():
         torch.manual_seed(0)
-        getattr(transformers, architecture)(config()).save_pretrained(Path(folder) / name)
+        getattr(transformers, architecture)(config()).save_pretrained(folder / name)
+    LoraConfig(base_model_name_or_path=OPT).save_pretrained(folder / "peft-internal-testing/tiny-opt-lora-revision")
+    _make_tokenizer(folder / OPT)
+    _make_quotes(folder / "ybelkada/english_quotes_copy")
+
+
+def _make_tokenizer(folder):
+    words = sorted({word for row in _quotes() for word in row["quote"].split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(folder)
+
+
+def _make_quotes(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in _quotes()))
+
+
+def _quotes():
+    """Sentences of made-up words, in the columns of the data set."""
+    words = [first + second for first in ("ba", "ko", "li", "mu", "ze") for second in ("da", "no", "ri", "su")]
+    return [
+        {"quote": " ".join(words[(i * j) % 20] for j in range(1, 9)), "author": "nobody", "tags": ["made up"]}
+        for i in range(1, 33)
+    ]

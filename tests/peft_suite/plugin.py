@@ -35,7 +35,9 @@ def pytest_generate_tests(metafunc):
 
     @functools.wraps(original)
     def parametrize(argnames, argvalues, *args, ids=None, **kwargs):
-        argvalues = [value.values if hasattr(value, "values") and hasattr(value, "marks") else value for value in argvalues]
+        argvalues = [
+            value.values if hasattr(value, "values") and hasattr(value, "marks") else value for value in argvalues
+        ]
         names = None if ids is None or callable(ids) else list(ids)
         replaced = twins(argvalues, names)
         if replaced is not None:
@@ -70,7 +72,9 @@ def _poet_in_place_of_oft(request, monkeypatch):
     """Tests that name OFT in their own body get POET under that name, and its two sides where OFT has one."""
     if not _names_oft(request.node):
         return
-    monkeypatch.setattr(request.module, "OFTConfig", lambda **arguments: poet_peft.POETConfig(**poet_arguments(arguments)))
+    monkeypatch.setattr(
+        request.module, "OFTConfig", lambda **arguments: poet_peft.POETConfig(**poet_arguments(arguments))
+    )
     check = request.cls.check_requires_grad
 
     def check_both_sides(self, model, *names):

@@ -123,7 +123,9 @@ def _twin(value, method, settings):
     if isinstance(value, list | tuple):
         has_class = method in value
         return type(value)(
-            {**settings, **poet_arguments(part)} if has_class and isinstance(part, dict) else _twin(part, method, settings)
+            {**settings, **poet_arguments(part)}
+            if has_class and isinstance(part, dict)
+            else _twin(part, method, settings)
             for part in value
         )
     return _renamed(value) if isinstance(value, str) else value
