@@ -46,7 +46,7 @@ LAYERS = [
 ROTATION_KEYS = {
     f"{PREFIX}{layer}.{tensor}"
     for layer in LAYERS
-    for tensor in ("poet_R.weight", "poet_R.index", "poet_P.weight", "poet_P.index", "poet_schedule")
+    for tensor in ("poet_R.weight", "poet_R.index", "poet_P.weight", "poet_P.index", "poet_state")
 }
 BASE_KEYS = {f"{PREFIX}{layer}.base_layer.weight" for layer in LAYERS}
 REST_KEYS = {f"{PREFIX}{name}" for name in llama().state_dict() if name.removesuffix(".weight") not in LAYERS}
@@ -501,7 +501,7 @@ def _swap(key, other):
     return lambda tensors: tensors.update({key: tensors[other], other: tensors[key]})
 
 
-INDEX, SCHEDULE, WEIGHT = f"{LAYER}.poet_P.index", f"{LAYER}.poet_schedule", f"{LAYER}.poet_P.weight"
+INDEX, SCHEDULE, WEIGHT = f"{LAYER}.poet_P.index", f"{LAYER}.poet_state", f"{LAYER}.poet_P.weight"
 BASE_WEIGHT, EMBEDDING = f"{LAYER}.base_layer.weight", f"{PREFIX}model.embed_tokens.weight"
 # What is wrong with the file: the regime, the edit, and what the error must name.
 BAD_FILES = {
@@ -593,9 +593,12 @@ def test_different_values_for_a_tied_weight_are_refused(edited):
 @pytest.mark.parametrize(
     ("regime", "config", "named"),
     [
-        ("block_stochastic", {"block_size": 8}, r"layers\.0\..*poet_P.*weight"),
-        ("block_stochastic", {"block_size": 32}, r"layers\.0\..*poet_P.*weight"),
+        ("block_stochastic", {"block_size": 8}, r"block size of the output side, 16 in the file and 8 in the model \(.*layers\.0"),
+        ("block_stochastic", {"block_size": 32}, r"block size of the output side, 16 in the file and 32 in the model \(.*layers\.0"),
         ("block_stochastic", {"variant": "fully_stochastic"}, r"layers\.0\..*poet_P.*index"),
+        ("block_stochastic", {"num_neumann_terms": 5}, "num_neumann_terms.*3 in the file and 5 in the model"),
+        ("block_stochastic", {"adaptive_terms": False}, "adaptive_terms, 1 in the file and 0 in the model"),
+        ("exact_cayley", {"orthogonal_map": "cayley_neumann"}, "orthogonal_map.*0 in the file and 3 in the model"),
         ("block_stochastic", {"target_modules": ["q_proj"]}, r"layers\.0\.mlp\.down_proj"),
         ("block_stochastic", {"merge_interval": 4}, r"layers\.0\.mlp\.down_proj\.base_layer"),
         ("block_stochastic", {"train_rest": True}, "lm_head"),

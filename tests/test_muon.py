@@ -7,7 +7,7 @@ import torch
 from models import assert_same_state, gpt2, llama, step, wrap
 
 from poet_peft import RotationMuon, poet_param_groups
-from poet_peft.model import poet_layers
+from poet_peft.layer import poet_layers
 from poet_peft.optim import rotation_parameters
 
 
@@ -34,7 +34,7 @@ def angles(model):
     return [
         2 * torch.linalg.svdvals(Q)[:, : Q.shape[-1] // 2 * 2].double().atan()
         for rotation in rotations(model)
-        for Q in rotation.skew_blocks()
+        for Q in rotation().blocks().Q
     ]
 
 
