@@ -48,6 +48,8 @@ from transformers import Trainer
 from .config import POETConfig
 
 
+# How to get this package: in the README, the documentation and every card of an adapter.
+INSTALL = "run `pip install .` in a checkout of poet-peft's repository; it is not on PyPI yet"
 KINDS = ("adapter", "merged")
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -163,6 +165,7 @@ def create_model_card(
         template_str=_template(),
         name=name,
         kind=kind,
+        install=INSTALL,
         metrics=metrics,
         snippet=_snippet(metrics, repo_id, kind),
         measured=_measured(metrics, kind),
