@@ -138,8 +138,9 @@ def summary():
             f"| {LABELS[label]} | {spread(runs, 'eval_loss', 3)} | {spread(runs, 'prose_perplexity', 2)} | "
             f"{runs[0]['parameters']['trained'] / 1e6:.1f}M |"
         )
-    return f"""SmolLM2-135M-Instruct on GSM8K, {steps} steps of {batch} problems, each method at its best learning rate, mean and
-standard deviation of the seeds; "elsewhere" is text that has nothing to do with the task, so a rise means forgetting:
+    return f"""SmolLM2-135M-Instruct on GSM8K, {steps} steps of {batch} problems, each method at its best learning rate
+(mean and standard deviation of the seeds); *elsewhere* is text that has nothing to do with the task, so that a rise
+means forgetting:
 
 | method | held-out loss | perplexity elsewhere | trained |
 |---|---|---|---|
