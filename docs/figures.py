@@ -172,7 +172,7 @@ FIGURES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_folds", type=int, default=1000)
+    parser.add_argument("--num_folds", type=int, default=300)
     parser.add_argument("--output_dir", type=Path, default=HERE / "figures")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -109,8 +109,15 @@ def test_every_snippet_runs():
 
 
 def test_api_page_has_every_public_name():
-    names = re.findall(r"^::: poet_peft\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    names = re.findall(r"^::: poet_peft\.(?:callback\.)?(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert sorted(names) == poet_peft.__all__
+
+
+def test_every_figure_is_shown():
+    shown = {
+        Path(name).name for page in PAGES for name in re.findall(r"\]\(([\w/]*figures/\w+\.png)\)", page.read_text())
+    }
+    assert {path.name for path in (DOCS / "figures").iterdir()} == shown
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/finetuning.md", "docs/pretraining.md"])
