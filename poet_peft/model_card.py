@@ -126,7 +126,6 @@ def create_model_card(
         measured=_measured(metrics, kind),
         hyperparameters=_hyperparameters(metrics["settings"]),
         method_settings=_shown(metrics["config"], METHOD_SETTINGS),
-        install=INSTALL,
         number=_number,
         text=_text,
         code=_code,
