@@ -99,7 +99,7 @@ class POETModel(BaseTuner):
         if len(self.peft_config) < 2:
             return
         for name, other in self.peft_config.items():
-            if other.train_rest:
+            if isinstance(other, POETConfig) and other.train_rest:
                 raise ValueError(
                     f"the adapter {name!r} has train_rest=True, which changes parameters that every adapter of the "
                     "model depends on: it cannot be combined with others. Train it in a model of its own."
