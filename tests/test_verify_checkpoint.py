@@ -213,7 +213,7 @@ def test_trainer_loads_nothing_of_a_truncated_adapter(checkpoint, tmp_path, num_
 WRONG_DTYPES = {
     "poet_R.weight": torch.int32,
     "poet_R.index": torch.float32,
-    "poet_schedule": torch.float32,
+    "poet_state": torch.float32,
     "base_layer.weight": torch.int64,
     "embed_tokens.weight": torch.uint8,
 }
