@@ -232,9 +232,7 @@ class POETConfig(PeftConfig):
         }
         self.num_neumann_terms = _integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
         self.merge_interval = _integer("merge_interval", self.merge_interval, minimum=0)
-        if not _is_real(self.max_drift) or not self.max_drift > 0:
-            raise ValueError(f"max_drift={self.max_drift!r} must be a positive number, such as 0.01.")
-        self.max_drift = float(self.max_drift)
+        self.max_drift = _positive("max_drift", self.max_drift)
         self.seed = _integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
         self.layers_to_transform = _layer_indexes(self.layers_to_transform)
         self._check_reinit_interval()
@@ -296,8 +294,10 @@ def _integer(name: str, value: Any, minimum: int, maximum: int | None = None) ->
     return int(value)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{name}={value!r} must be a positive number.")
+    return float(value)
 
 
 def _boolean(name: str, value: Any) -> bool:

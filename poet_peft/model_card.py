@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-# How to install this package, in Markdown: nothing is published yet.
-INSTALL = "Install `poet_peft` with `pip install .` in a clone of its repository"
+# How to get this package: in the README, the documentation and every card of an adapter.
+INSTALL = "run `pip install .` in a checkout of poet-peft's repository; it is not on PyPI yet"
 KINDS = ("adapter", "merged")
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -120,12 +120,12 @@ def create_model_card(
         template_str=_template(),
         name=name,
         kind=kind,
+        install=INSTALL,
         metrics=metrics,
         snippet=_snippet(metrics, repo_id, kind),
         measured=_measured(metrics, kind),
         hyperparameters=_hyperparameters(metrics["settings"]),
         method_settings=_shown(metrics["config"], METHOD_SETTINGS),
-        install=INSTALL,
         number=_number,
         text=_text,
         code=_code,
