@@ -34,11 +34,11 @@ from harness.methods import trainable
 from harness.results import start
 from harness.timing import quartiles
 from peft import get_peft_model
+from poet_peft.orthogonal import cayley_neumann_offset, skew
 
 from poet_peft import POETConfig
 from poet_peft.ops import reference
 from poet_peft.ops import triton as triton_ops
-from poet_peft.orthogonal import cayley_neumann_offset, skew
 
 
 # A sum of 16384 products in fp32.

@@ -32,13 +32,13 @@ import torch.nn.functional as F
 import transformers
 import trl
 from huggingface_hub import HfApi
+from poet_peft.gguf import clear_leftover_gguf_flags
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 import poet_peft
 from poet_peft import POETCallback, POETConfig, RotationMuon, create_model_card, poet_param_groups
-from poet_peft.gguf import clear_leftover_gguf_flags
 from poet_peft.model_card import hardware
 
 

@@ -30,13 +30,13 @@ import peft
 import torch
 import transformers
 from huggingface_hub import HfApi
+from poet_peft.initialization import initialize_base_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.hf_argparser import HfArg
 
 import poet_peft
 from poet_peft import POETCallback, POETConfig, latest_checkpoint, poet_param_groups
-from poet_peft.initialization import initialize_base_weights
 from poet_peft.model_card import create_model_card, hardware, json_config
 
 

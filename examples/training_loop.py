@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from poet_peft.resume import verify_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from poet_peft import POETConfig, merge_and_reinitialize, poet_param_groups
-from poet_peft.resume import verify_checkpoint
 
 
 SIZES = {"vocab_size": 128, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}

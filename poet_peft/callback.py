@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
 from .schedule import take_report
-from .weights.sharded import check_sharding
+from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
 
 
 class POETCallback(TrainerCallback):
@@ -78,6 +78,7 @@ class POETCallback(TrainerCallback):
         for layer, adapter in periodic:
             check_foldable(layer, adapter)
         if periodic:
+            check_checkpoints_hold_folds()
             check_can_fold(optimizer, [r.weight for layer, adapter in periodic for r in layer.rotations(adapter)])
             interval = min(layer.poet_config[adapter].merge_interval for layer, adapter in periodic)
             self._merge_interval = interval
@@ -92,8 +93,7 @@ class POETCallback(TrainerCallback):
     ) -> None:
         fraction = min(self._clip_fraction(layer, adapter) for layer, adapter in _trained_adapters(model))
         if fraction < 1 and args.max_grad_norm:
-            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, fraction * args.max_grad_norm)
+            clip_grad_norm(model.parameters(), fraction * args.max_grad_norm)
 
     def on_step_end(
         self,

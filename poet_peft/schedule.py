@@ -24,7 +24,7 @@ from .errors import POETFoldError
 from .fold import FoldItem, MergeReport, check_can_fold, check_foldable, fold
 from .layer import POETLayer, living_layers
 from .rotation import Rotation
-from .weights.sharded import check_whole, reshard_all
+from .weights.sharded import check_checkpoints_hold_folds, check_whole, reshard_all
 
 
 # Over so many steps rotations grow far beyond what one step adds, so that one which came back is told from a new one.
@@ -80,6 +80,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     stepped = [(layer, adapter) for layer in layers for adapter in _complete_steps(layer, optimizer, held)]
     if not stepped:
         return
+    if any(layer.is_periodic(adapter) for layer, adapter in stepped):
+        check_checkpoints_hold_folds()
     _check_gradients(stepped)
     for layer, adapter in stepped:
         _check_not_undone(optimizer, layer, adapter)
