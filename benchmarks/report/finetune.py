@@ -139,8 +139,8 @@ def summary():
             f"{runs[0]['parameters']['trained'] / 1e6:.1f}M |"
         )
     return f"""SmolLM2-135M-Instruct on GSM8K, {steps} steps of {batch} problems, each method at its best learning rate
-(mean and standard deviation of the seeds, a difference below which is none); *elsewhere* is text that has nothing to do
-with the task, so that a rise means forgetting:
+(mean and standard deviation of the seeds, a difference below which is none); *elsewhere* is text that has nothing to
+do with the task, so that a rise means forgetting:
 
 | method | held-out loss | perplexity elsewhere | trained |
 |---|---|---|---|
