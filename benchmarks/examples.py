@@ -2,9 +2,9 @@
 
 The cards in `model_cards/` are written from the same results, see `cards.py`.
 
-    python benchmarks/examples.py --run classify.py --data_dir DIR    # runs it, keeps what it printed and its time
-    python benchmarks/examples.py                                     # rewrite examples/README.md
-    python benchmarks/examples.py --check                             # fail if it is not what the results say
+    python -m benchmarks.examples --run classify.py --data_dir DIR    # runs it, keeps what it printed and its time
+    python -m benchmarks.examples                                     # rewrite examples/README.md
+    python -m benchmarks.examples --check                             # fail if it is not what the results say
 
 DIR holds the data under the names that the commands use: `gsm8k/train.jsonl`, `sst2/train.tsv` and so on.
 """

@@ -9,16 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import tables
 import torch
-from harness import formulas
-from harness.fits import power_law, upper_half, upper_half_exponent
-from harness.llama import PRESETS, linear_shapes, llama, targeted_layers
-from harness.memory import measure_memory
-from harness.methods import adamw, check_method, why_not
-from harness.one_layer import LayerContender
-from harness.timing import interleave, quartiles, summarize
 from torch import nn
+
+from benchmarks import tables
+from benchmarks.harness import formulas
+from benchmarks.harness.fits import power_law, upper_half, upper_half_exponent
+from benchmarks.harness.llama import PRESETS, linear_shapes, llama, targeted_layers
+from benchmarks.harness.memory import measure_memory
+from benchmarks.harness.methods import adamw, check_method, why_not
+from benchmarks.harness.one_layer import LayerContender
+from benchmarks.harness.timing import interleave, quartiles, summarize
 
 
 ROOT = Path(__file__).parents[1]
@@ -284,7 +285,7 @@ def test_tables_and_plots_are_current_once_written_and_outdated_after_another_re
 
 def test_missing_result_names_the_command(tmp_path):
     for command in tables.SECTIONS:
-        assert tables.section(command, tmp_path) == f"Not measured yet: run `python benchmarks/{command}.py`.\n"
+        assert tables.section(command, tmp_path) == f"Not measured yet: run `python -m benchmarks.{command}`.\n"
 
 
 def test_page_without_markers_is_refused():

@@ -2,8 +2,9 @@
 
 import json
 
-import finetune
 import pytest
+
+from benchmarks import finetune
 
 
 # The learning rate at which a pretended method is at its best.

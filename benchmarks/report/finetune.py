@@ -126,7 +126,7 @@ def variants_table():
 def section():
     """The section of the README, in Markdown."""
     if not results():
-        return "Not measured yet: run `python benchmarks/finetune.py`.\n"
+        return "Not measured yet: run `python -m benchmarks.finetune`.\n"
     first = next(iter(results().values()))
     settings = first["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
