@@ -86,7 +86,7 @@ QUICK = Sizes(
 
 
 def check_layers(device):
-    """POET layers by every path against the readable reference in float64: output, gradients by input and rotations."""
+    """POET layers by every path against the reference in float64: output, gradients by input and rotations."""
     rows = []
     for dtype, settings, num_tokens, path in (
         (dtype, settings, num_tokens, path)
