@@ -3,16 +3,17 @@
 Importing this package registers the method with PEFT, silently.
 """
 
-from .callback import POETCallback
 from .config import POETConfig
-from .errors import POETCheckpointError, POETMergeError, POETReferenceError
-from .merging import MergeReport, merge_and_reinitialize
+from .errors import POETCheckpointError, POETFoldError, POETReferenceError
+from .files.training_checkpoints import latest_checkpoint, verify_checkpoint
+from .fold import MergeReport, merge_and_reinitialize
 from .model import POETModel
-from .model_card import create_model_card, set_model_card
-from .muon import RotationMuon
-from .optim import poet_param_groups
+from .model_card import create_model_card, hardware, json_config, set_model_card
+from .optim import RotationMuon, poet_optimizer, poet_param_groups
 from .registration import register
-from .resume import latest_checkpoint, verify_checkpoint
+from .schedule import follow_optimizers
+from .weights.initial import initialize_base_weights
+from .workarounds import clear_leftover_gguf_flags
 
 
 __version__ = "0.1.0"
@@ -22,16 +23,31 @@ __all__ = [
     "POETCallback",
     "POETCheckpointError",
     "POETConfig",
-    "POETMergeError",
+    "POETFoldError",
     "POETModel",
     "POETReferenceError",
     "RotationMuon",
+    "clear_leftover_gguf_flags",
     "create_model_card",
+    "hardware",
+    "initialize_base_weights",
+    "json_config",
     "latest_checkpoint",
     "merge_and_reinitialize",
+    "poet_optimizer",
     "poet_param_groups",
     "set_model_card",
     "verify_checkpoint",
 ]
 
 register(POETConfig, POETModel)
+follow_optimizers()
+
+
+def __getattr__(name: str) -> object:
+    # Imports Trainer, which takes longer than all the rest.
+    if name == "POETCallback":
+        from .callback import POETCallback
+
+        return POETCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,28 +1,27 @@
-"""`POETCallback`: the folds of POET inside transformers' Trainer and everything built on it."""
+"""`POETCallback`: logs of folds, and the clip ramp after them, in transformers' Trainer."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .config import POETConfig
-from .merging import MergeReport, merge_and_reinitialize
-from .model import poet_layers
-from .optim import check_can_fold, rotation_parameters
-from .sharding import check_sharding
+from .fold import MergeReport, check_can_fold, check_foldable
+from .layer import POETLayer, poet_layers
+from .schedule import take_report
+from .weights.sharded import check_sharding
 
 
 class POETCallback(TrainerCallback):
-    """Folds the rotations every `POETConfig.merge_interval` optimizer steps and reinitialises with them.
+    """Logs what folds did, tightens the gradient clip after them, and refuses at the start what would fail later.
 
-    The fold happens at the end of the step, before Trainer logs, evaluates and saves: what these see of a step is the
-    folded model. Steps are counted by `state.global_step`, less those that a gradient scaler skipped; both are in a
-    checkpoint, so a resumed run goes on where the saved one stood.
+    Folds need no callback: they follow the optimizer's steps. They happen before Trainer logs, evaluates and saves, so
+    that what these see of a step is the folded model.
 
-    The log entry of a fold, or the next one, carries `poet/epoch`, `poet/orthogonality_error`,
+    The log entry of a fold, or the next one, carries `poet/num_reinits`, `poet/orthogonality_error`,
     `poet/max_rotation_angle`, `poet/spectral_drift`, `poet/requantization_error` and `poet/states_reset`: in
     `trainer_state.json` and on the console, and with `attach` in whatever `report_to` names.
 
@@ -38,7 +37,7 @@ class POETCallback(TrainerCallback):
     Raises:
         ValueError: at the start of training, if the model has no trainable POET layer, the optimizer does not hold the
             rotations, or either is sharded in a way that folds cannot write to (FSDP1, DeepSpeed).
-        POETMergeError: at the start of training, if a layer cannot be folded: a second adapter on it, one merged.
+        POETFoldError: at the start of training, if a layer cannot be folded: a second adapter on it, one merged.
     """
 
     def __init__(self, clip_ramp_steps: int = 10) -> None:
@@ -47,7 +46,7 @@ class POETCallback(TrainerCallback):
         self.clip_ramp_steps = clip_ramp_steps
         self.last_report: MergeReport | None = None
         self._pending: dict[str, float] = {}
-        self._num_skipped_steps = 0
+        self._merge_interval = 0
 
     def attach(self, trainer: Trainer) -> POETCallback:
         """Put this callback first in a trainer, so that what it logs reaches the reporting callbacks too.
@@ -69,27 +68,29 @@ class POETCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         check_sharding(model)
-        rotations = rotation_parameters(model)
-        if not any(parameter.requires_grad for parameter in rotations):
+        trained = _trained_adapters(model)
+        if not trained:
             raise ValueError(
                 "POETCallback found no trainable POET layer in the model: pass peft_config=POETConfig(...) to the "
                 "trainer, or wrap the model with get_peft_model first."
             )
-        if _config(model).merge_interval:
-            check_can_fold(optimizer, rotations)
-            for _, layer in poet_layers(model):
-                for adapter_name in layer.poet_schedule:
-                    layer.check_foldable(adapter_name)
-                # What is asked for a reference (by TRL, say) at any step is refused at the first one.
-                layer._folds_ahead = True
-        self._num_skipped_steps = max(
-            layer.num_skipped_steps(name) for _, layer in poet_layers(model) for name in layer.poet_schedule
-        )
+        periodic = [(layer, adapter) for layer, adapter in trained if layer.is_periodic(adapter)]
+        for layer, adapter in periodic:
+            check_foldable(layer, adapter)
+        if periodic:
+            check_can_fold(optimizer, [r.weight for layer, adapter in periodic for r in layer.rotations(adapter)])
+            interval = min(layer.poet_config[adapter].merge_interval for layer, adapter in periodic)
+            self._merge_interval = interval
+            if 0 < state.max_steps < interval:
+                warnings.warn(
+                    f"training ends after {state.max_steps} steps, before the first fold (merge_interval={interval}): "
+                    "nothing will be folded. Lower merge_interval, or pass merge_interval=0 for a pure adapter."
+                )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        fraction = self._clip_fraction(_config(model), self._steps_done(state))
+        fraction = min(self._clip_fraction(layer, adapter) for layer, adapter in _trained_adapters(model))
         if fraction < 1 and args.max_grad_norm:
             trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, fraction * args.max_grad_norm)
@@ -99,29 +100,16 @@ class POETCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
-        config = _config(model)
-        if getattr(optimizer, "step_was_skipped", False):  # by a gradient scaler, says accelerate's wrapper
-            self._num_skipped_steps += 1
-            for _, layer in poet_layers(model):
-                for adapter_name in layer.poet_schedule:
-                    layer.count_skipped_step(adapter_name)
+        report = take_report(optimizer)
+        if report is None:
             return
-        step = self._steps_done(state)
-        if config.merge_interval and step % config.merge_interval == 0:
-            self.last_report = merge_and_reinitialize(model, optimizer, reinitialize=config.reinitializes_at(step))
-            self._pending = _as_logs(self.last_report)
-            # Logged with the step itself, unless folds come more often than logs.
-            control.should_log |= config.merge_interval >= state.logging_steps
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        for _, layer in poet_layers(model):
-            layer._folds_ahead = False
+        self.last_report = report
+        self._pending = _as_logs(report)
+        # Logged with the step itself, unless folds come more often than logs.
+        control.should_log |= self._merge_interval >= state.logging_steps
 
     def on_log(
         self,
@@ -136,27 +124,27 @@ class POETCallback(TrainerCallback):
             state.log_history[-1].update(self._pending)
             self._pending = {}
 
-    def _steps_done(self, state: TrainerState) -> int:
-        """Optimizer steps that happened: Trainer counts the skipped ones too."""
-        return state.global_step - self._num_skipped_steps
-
-    def _clip_fraction(self, config: POETConfig, step: int) -> float:
-        """The part of `max_grad_norm` that holds for the optimizer step after `step` completed ones."""
-        interval = config.merge_interval if config.reinit_interval is None else config.reinit_interval
+    def _clip_fraction(self, layer: POETLayer, adapter: str) -> float:
+        """The part of `max_grad_norm` that holds for the next optimizer step."""
+        interval = layer.poet_config[adapter].steps_between_reinits
+        step = layer.state(adapter).num_steps
         if not interval or step < interval:
             return 1.0
         return min(1.0, (step % interval + 1) / (self.clip_ramp_steps + 1))
 
 
-def _config(model: nn.Module) -> POETConfig:
-    _, layer = next(poet_layers(model))
-    configs = getattr(model, "peft_config", {})
-    return next(configs[name] for name in layer.active_adapters if name in configs)
+def _trained_adapters(model: nn.Module) -> list[tuple[POETLayer, str]]:
+    return [
+        (layer, adapter)
+        for _, layer in poet_layers(model)
+        for adapter in layer.poet_config
+        if any(rotation.weight.requires_grad for rotation in layer.rotations(adapter))
+    ]
 
 
 def _as_logs(report: MergeReport) -> dict[str, float]:
     return {
-        "poet/epoch": report.epoch,
+        "poet/num_reinits": report.num_reinits,
         "poet/orthogonality_error": report.orthogonality_error,
         "poet/max_rotation_angle": report.max_rotation_angle,
         "poet/spectral_drift": report.spectral_drift,

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
-from .initialization import SCHEMES
-from .primitives import VARIANTS
+from .maths.blocks import VARIANTS
+from .maths.orthogonal import Cayley, CayleyNeumann, OrthogonalMap
 from .registration import ensure_peft_type, owns_name
+from .weights.initial import SCHEMES
 
 
 _MAPS = ("cayley_neumann", "cayley")
@@ -21,9 +23,9 @@ class POETConfig(PeftConfig):
     """Configuration of POET: `W_eff = R W P` with the weight `W` frozen and orthogonal `R` and `P` learned.
 
     With `merge_interval=0`, the default, POET is a pure adapter: the base weights never change, and what is saved is
-    small. With `merge_interval > 0` the rotations are folded into the weights every so many optimizer steps
-    (`POETCallback` in Trainer, `merge_and_reinitialize` in a loop of your own), and a checkpoint then always holds
-    the current base weights as well.
+    small. With `merge_interval > 0` the rotations are folded into the weights after every so many steps of the
+    optimizer that holds them, any of torch's, in any training loop; a checkpoint then always holds the current base
+    weights as well.
 
     Args:
         variant: "block_stochastic" rotates every feature, in random blocks; "fully_stochastic" rotates one random
@@ -32,6 +34,10 @@ class POETConfig(PeftConfig):
             (0, 1]. Trainable parameters of a layer: about `(m + n) (b - 1) / 2` block-stochastic, `b (b - 1)` fully
             stochastic.
         num_neumann_terms: `k` of the Cayley-Neumann series. 3 in the paper; 1 and 2 suffice only for small models.
+        adaptive_terms: more terms wherever `num_neumann_terms` would miss orthogonality by more than rounding, up to
+            the exact map, so that singular values stay for any length of training. False: exactly
+            `num_neumann_terms`, as in the paper; every fold then shrinks singular values by up to `theta^(k+1)` a
+            side.
         orthogonal_map: "cayley_neumann", or "cayley", which is exactly orthogonal for any `Q` and slower.
         merge_interval: optimizer steps between folds of the rotations into the weights; 0 = never.
         reinit_interval: optimizer steps between reinitialisations (new permutations or index sets, fresh optimizer
@@ -41,14 +47,16 @@ class POETConfig(PeftConfig):
             1). None leaves them as they are, as pretrained weights must be.
         train_rest: everything outside the rotated weights (embeddings, norms, biases, head) trains too, and is saved
             with the adapter. For pretraining.
+        max_drift: largest relative change of a singular value by one fold that passes without a warning; ten times as
+            much is refused. Only `adaptive_terms=False` comes near it.
         keep_initial_weights: keep a copy of the targeted weights, so that `disable_adapter` and `unload` still give
             the original model after a fold.
         memory_efficient: rebuild `R W P` of a layer in the backward pass instead of keeping it from the forward pass.
             Saves a second copy of every targeted weight in training, for about `4 m n b` flops a layer and
             micro-batch.
-        compensated_folds: keep what rounding cuts off when a rotation is folded into a bf16 or fp16 weight, two bytes
-            more a weight, so that singular values drift as little as in fp32. Without it they drift by about 5e-3 in
-            200 folds. No effect on fp32 weights, or with `merge_interval=0`.
+        compensated_folds: keep the residual that rounding leaves over when a rotation is folded into a bf16 or fp16
+            weight, two bytes more a weight, so that singular values drift as little as in fp32. Without it they drift
+            by about 5e-3 in 200 folds. No effect on fp32 weights, or with `merge_interval=0`.
         allow_requantize: fold into a quantized base too: dequantize, fold, quantize anew in the same format, as
             POET-XQ does (arXiv 2603.05500). Every fold then adds the error of a quantization, see `MergeReport`: up to
             0.09 of the weight's norm in 4 bits, 0.007 in 8. A fold that moves the weight by less than that is largely
@@ -72,6 +80,9 @@ class POETConfig(PeftConfig):
         default=64, metadata={"help": "size of a rotated block; a fraction of each dimension if fully_stochastic"}
     )
     num_neumann_terms: int = field(default=3, metadata={"help": "highest power of the Cayley-Neumann series"})
+    adaptive_terms: bool = field(
+        default=True, metadata={"help": "more terms where num_neumann_terms would miss orthogonality"}
+    )
     orthogonal_map: Literal["cayley_neumann", "cayley"] = field(
         default="cayley_neumann", metadata={"help": "cayley_neumann, or cayley (exact)"}
     )
@@ -81,6 +92,9 @@ class POETConfig(PeftConfig):
     )
     base_init: Literal["normalized", "xavier", "standard", "uniform_spectrum"] | None = field(
         default=None, metadata={"help": "draw the targeted weights anew, to train from scratch"}
+    )
+    max_drift: float = field(
+        default=0.01, metadata={"help": "relative change of a singular value by one fold that warns"}
     )
     train_rest: bool = field(
         default=False, metadata={"help": "train and save everything outside the rotated weights too"}
@@ -139,10 +153,35 @@ class POETConfig(PeftConfig):
         """Whether the targeted weights differ from the base model's, so that a checkpoint has to hold them."""
         return self.merge_interval > 0 or self.base_init is not None
 
+    @property
+    def is_from_file(self) -> bool:
+        """Whether the configuration was read from the file of a saved adapter."""
+        return self._is_from_file
+
+    @property
+    def map(self) -> OrthogonalMap:
+        """The map from skew-symmetric parameters to rotations."""
+        if self.orthogonal_map == "cayley":
+            return Cayley()
+        return CayleyNeumann(self.num_neumann_terms, self.adaptive_terms)
+
+    @property
+    def steps_between_reinits(self) -> int:
+        """Optimizer steps between reinitialisations; 0 = never."""
+        return self.merge_interval if self.reinit_interval is None else self.reinit_interval
+
+    def folds_at(self, step: int) -> bool:
+        """Whether the rotations are folded after optimizer step `step`."""
+        return self.merge_interval > 0 and step % self.merge_interval == 0
+
     def reinitializes_at(self, step: int) -> bool:
         """Whether the fold after optimizer step `step` also reinitialises."""
-        interval = self.merge_interval if self.reinit_interval is None else self.reinit_interval
-        return interval > 0 and step % interval == 0
+        return self.steps_between_reinits > 0 and step % self.steps_between_reinits == 0
+
+    def block_size_of(self, module_name: str) -> int | float:
+        """The block size of a layer, by `block_size_pattern` if a key of it matches the layer's name."""
+        key = get_pattern_key(self.block_size_pattern.keys(), module_name)
+        return self.block_size_pattern.get(key, self.block_size)
 
     def __post_init__(self) -> None:
         # PEFT fills the version in here; one that is already there was read from a file.
@@ -168,6 +207,8 @@ class POETConfig(PeftConfig):
             _check_block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
         _check_integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
         _check_integer("merge_interval", self.merge_interval, minimum=0)
+        if not isinstance(self.max_drift, int | float) or not self.max_drift > 0:
+            raise ValueError(f"max_drift={self.max_drift!r} must be a positive number, such as 0.01.")
         _check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
         self._check_reinit_interval()
         if self.layers_pattern and self.layers_to_transform is None:

@@ -5,7 +5,7 @@ class POETCheckpointError(ValueError):
     """A file does not fit the model, or contradicts itself. Raised before anything of it is loaded."""
 
 
-class POETMergeError(RuntimeError):
+class POETFoldError(RuntimeError):
     """The rotations cannot be folded into the weights as things stand. Raised before any weight changes."""
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,32 +13,20 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
-    _is_key_under_prefixes,
     _maybe_include_all_linear_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .base_layers import check_supported, features, weight_as_matrix
-from .checkpoint import check_adapter_tensors, load_base_tensors, match_residuals, quantized_parts
 from .config import POETConfig
-from .gguf import clear_leftover_gguf_flags
-from .initialization import draw_weight
-from .layer import Linear, POETLayer
-from .quantization import keep_exact, quantized_keys
-from .sharding import reshard
-from .targets import check_targets, warn_of_unreached_weights
-
-
-_CONTAINERS = "poet_R|poet_P|poet_schedule|poet_residual"
-
-
-def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
-    """All rotated layers of a model with their names in it."""
-    for name, module in model.named_modules():
-        if isinstance(module, POETLayer):
-            yield name, module
+from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
+from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
+from .layer import Linear, POETLayer, poet_layers
+from .targets import check_supported, check_targets, warn_of_unreached_weights
+from .weights.initial import draw_weight
+from .weights.plain import features, weight_as_matrix
+from .weights.sharded import reshard
+from .workarounds import clear_leftover_gguf_flags, keep_exact
 
 
 class POETModel(BaseTuner):
@@ -99,7 +86,7 @@ class POETModel(BaseTuner):
                     "model depends on: it cannot be combined with others. Train it in a model of its own."
                 )
         for name, layer in poet_layers(self.model):
-            folded = [adapter for adapter in layer.poet_schedule if layer.num_folds(adapter)]
+            folded = [adapter for adapter in layer.poet_config if layer.state(adapter).num_folds]
             if folded:
                 raise ValueError(
                     f"the adapter {folded[0]!r} has been folded into the weight of {name!r}, so an adapter added now "
@@ -153,12 +140,19 @@ class POETModel(BaseTuner):
         for adapter_name in self.active_adapters:
             config = self.peft_config[adapter_name]
             if config.train_rest:
-                _set_rest_requires_grad(model, not config.inference_mode)
+                self._set_rest_requires_grad(model, not config.inference_mode)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         if any(self.peft_config[name].train_rest for name in self.active_adapters):
-            _set_rest_requires_grad(self.model, not inference_mode)
+            self._set_rest_requires_grad(self.model, not inference_mode)
+
+    @staticmethod
+    def _set_rest_requires_grad(model: nn.Module, requires_grad: bool) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in rest_keys(model, parameters):
+            if parameters[name].dtype.is_floating_point:
+                parameters[name].requires_grad = requires_grad
 
     # Operations that need care once weights have changed
 
@@ -173,7 +167,7 @@ class POETModel(BaseTuner):
 
     def disable_adapter_layers(self) -> None:
         for _, layer in poet_layers(self.model):
-            layer.check_original_available("disable_adapter")
+            layer.check_can_be_disabled()
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -219,22 +213,21 @@ class POETModel(BaseTuner):
         selected = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
         selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         if config.train_rest:
-            selected.update({key: state_dict[key] for key in _rest_keys(model, state_dict)})
+            selected.update({key: state_dict[key] for key in rest_keys(model, state_dict)})
+        layers = {name: layer for name, layer in poet_layers(model) if layer.has_adapter(adapter_name)}
+        _warn_if_never_stepped(adapter_name, layers.values())
         if config.changes_base_weights:
-            for name, layer in poet_layers(model):
-                if layer.has_adapter(adapter_name):
-                    use_layers = layer.merged or layer.quantized_format is not None
-                    for part, tensor in layer.base_parts_to_save.items():
-                        key = f"{name.removeprefix('_fsdp_wrapped_module.')}.base_layer.{part}"
-                        saved = state_dict.get(key)
-                        selected[key] = tensor.detach() if use_layers or saved is None else saved
+            for name, layer in layers.items():
+                use_layers = layer.merged or layer.base_weight.is_quantized
+                for part, tensor in layer.base_parts_to_save.items():
+                    key = base_key(name, part)
+                    saved = state_dict.get(key)
+                    selected[key] = tensor.detach() if use_layers or saved is None else saved
         return selected
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Only behind our own containers: an adapter may be called "weight" or like any module of the base model.
-        name = re.escape(adapter_name)
-        return re.sub(rf"((?:^|\.)(?:{_CONTAINERS}))\.{name}(?=$|\.(?:weight|index)$)", r"\1", key)
+        return without_adapter_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -254,49 +247,25 @@ class POETModel(BaseTuner):
         required = set()
         if config.changes_base_weights:
             for name, layer in layers.items():
-                required |= quantized_parts(name, layer).keys() or {f"{name}.base_layer.weight"}
+                required |= base_keys(name, layer).keys()
         if config.train_rest:
-            required |= _rest_keys(model, current)
-        optional = _keys_that_peft_saves(model, config, current)
+            required |= rest_keys(model, current)
+        optional = keys_that_peft_saves(model, config, current)
 
         check_adapter_tensors(adapter_name, layers, adapter, expected)
         return {**adapter, **load_base_tensors(model, config, adapter_name, layers, base, required, optional)}
 
 
-def _rest_keys(model: nn.Module, state_dict: dict[str, Any]) -> set[str]:
-    """Keys of everything outside the rotated weights and the adapters: what `train_rest` trains and saves.
-
-    All names of a shared parameter, since transformers' own loader fills each by itself.
-    """
-    excluded = _get_tuner_state_dict_key_prefixes(model) | quantized_keys(model)
-    for name, module in model.named_modules():
-        name = name.removeprefix("_fsdp_wrapped_module.")
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            excluded.add(name)
-        elif isinstance(module, POETLayer):
-            excluded.add(f"{name}.base_layer.weight")
-    return {key for key in state_dict if not _is_key_under_prefixes(key, excluded)}
-
-
-def _set_rest_requires_grad(model: nn.Module, requires_grad: bool) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in _rest_keys(model, parameters):
-        if parameters[name].dtype.is_floating_point:
-            parameters[name].requires_grad = requires_grad
-
-
-def _keys_that_peft_saves(model: nn.Module, config: POETConfig, state_dict: dict[str, Any]) -> set[str]:
-    """Keys of the base model that PEFT itself may put into a file: biases, resized embeddings, modules_to_save."""
-    owners = {name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-    if not config.train_rest:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        owners |= {
-            name for name, module in model.named_modules() if module is head or isinstance(module, nn.Embedding)
-        }
-    return {
-        key
-        for key in state_dict
-        if _is_key_under_prefixes(key, owners)
-        or (config.bias == "all" and key.endswith(".bias"))
-        or (config.bias == "poet_only" and key.endswith(".base_layer.bias"))
-    }
+def _warn_if_never_stepped(adapter_name: str, layers: Iterable[POETLayer]) -> None:
+    for layer in layers:
+        if not layer.is_periodic(adapter_name) or not layer.poet_config[adapter_name].init_weights:
+            continue
+        state = layer.state(adapter_name)
+        moved = any(bool(rotation.weight.any()) for rotation in layer.rotations(adapter_name))
+        if moved and state.num_steps == 0 and state.num_folds == 0:
+            warnings.warn(
+                f"the rotations of {layer.module_name!r} have moved, but no step of a torch optimizer that holds them "
+                f"was seen, so that merge_interval={layer.poet_config[adapter_name].merge_interval} folded nothing. "
+                "Train them with a torch.optim.Optimizer, or call merge_and_reinitialize(model) yourself."
+            )
+            return

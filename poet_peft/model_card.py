@@ -39,11 +39,14 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import Trainer
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 from .config import POETConfig
 

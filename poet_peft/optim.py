@@ -1,16 +1,18 @@
-"""Parameter groups for any torch optimizer, and the reset of optimizer state after a reinitialisation."""
+"""Optimizers for models with rotations: parameter groups for any of torch's, a factory for Trainer, `RotationMuon`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
-from .model import poet_layers
+from .layer import poet_layers
+from .maths.blocks import BlockPartition
+from .maths.orthogonal import orthogonalize, upper_triangle
 from .rotation import Rotation
+from .weights.sharded import full, spread_like
 
 
 def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -70,6 +72,51 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
     return [group for group in groups.values() if group["params"]]
 
 
+class _OptimizerFactory:
+    """What transformers calls with the wrapped model; see `poet_optimizer`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        poet_lr: float,
+        weight_decay: float,
+        optimizer_cls: type[torch.optim.Optimizer],
+        **optimizer_kwargs: Any,
+    ) -> torch.optim.Optimizer:
+        return optimizer_cls(poet_param_groups(model, lr, poet_lr, weight_decay), **optimizer_kwargs)
+
+
+def poet_optimizer(
+    lr: float,
+    poet_lr: float,
+    weight_decay: float = 0.0,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    **optimizer_kwargs: Any,
+) -> tuple[type, dict[str, Any]]:
+    """The argument `optimizer_cls_and_kwargs` of Trainer and of TRL's SFTTrainer and RewardTrainer.
+
+        Trainer(model, args, ..., optimizer_cls_and_kwargs=poet_optimizer(lr=5e-3, poet_lr=1e-3))
+
+    The trainer makes the optimizer from the groups of `poet_param_groups`, once the model is wrapped. Its own
+    `learning_rate` and `weight_decay` are not read; its schedule is. For trainers without the argument, set it
+    afterwards: `trainer.optimizer_cls_and_kwargs = poet_optimizer(...)`.
+
+    Args:
+        lr, poet_lr, weight_decay: see `poet_param_groups`.
+        optimizer_cls: any of torch's optimizers, or `RotationMuon`.
+        optimizer_kwargs: further arguments of the optimizer, such as `betas`.
+
+    Raises:
+        TypeError: `optimizer_cls` is no class of a torch optimizer.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_cls={optimizer_cls!r} must be a subclass of torch.optim.Optimizer.")
+    own = {"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay, "optimizer_cls": optimizer_cls}
+    return _OptimizerFactory, {**own, **optimizer_kwargs}
+
+
 def rotation_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all rotations of all adapters."""
     return [rotation.weight for rotation in _rotations(model)]
@@ -79,63 +126,92 @@ def _rotations(model: nn.Module) -> list[Rotation]:
     return [
         rotation
         for _, layer in poet_layers(model)
-        for adapter_name in layer.poet_schedule
+        for adapter_name in layer.poet_config
         for rotation in layer.rotations(adapter_name)
     ]
 
 
-def check_can_fold(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse an optimizer whose state for the rotations cannot be started anew.
+class RotationMuon(torch.optim.Optimizer):
+    """Momentum, orthogonalised block by block, for rotations; torch's AdamW for everything else.
+
+    A step adds to the skew-symmetric `Q` of a block the orthogonalised momentum of its gradient, so that every plane
+    turns by about `lr` radians, whatever the gradient's size and the block's. An Adam step turns a block by about
+    `lr * 2 sqrt(b)`, and some planes further than others. It keeps one number a parameter, Adam two. Sharded rotations
+    (FSDP2) are gathered one at a time.
+
+        optimizer = RotationMuon(poet_param_groups(model, lr=5e-3, poet_lr=1.2e-3))
+
+    Args:
+        groups: of `poet_param_groups`. The learning rate of "poet" (`poet_lr`) is in radians a step, the others are
+            AdamW's.
+        momentum: of the rotations' gradients, as an exponential mean.
+        num_newton_schulz_steps: of the orthogonalisation, see `orthogonalize`.
+        betas, eps: of AdamW, for the groups other than "poet".
 
     Raises:
-        ValueError: DeepSpeed's, or one that trains none of the parameters; says how that comes about.
+        ValueError: no group tells how its parameters are cut into blocks, or a value is out of range.
+
+    Source: the orthogonalised momentum of Muon (Keller Jordan, 2024), applied to the Lie algebra of the rotations.
     """
-    inner = optimizer
-    while inner is not None:
-        if type(inner).__module__.partition(".")[0] == "deepspeed":
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        momentum: float = 0.9,
+        num_newton_schulz_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum} must lie in [0, 1).")
+        if num_newton_schulz_steps < 1:
+            raise ValueError(f"num_newton_schulz_steps={num_newton_schulz_steps} must be at least 1.")
+        groups = list(groups)
+        if not any(isinstance(group, dict) and "blocks" in group for group in groups):
             raise ValueError(
-                f"{type(inner).__name__} of DeepSpeed ZeRO keeps its own fp32 copy of the rotations, which would undo "
-                "every fold. Use DDP or FSDP2, or train without folds (merge_interval=0)."
+                "RotationMuon needs the groups of poet_param_groups(model, lr=..., poet_lr=...), which say how the "
+                "rotations are cut into blocks."
             )
-        inner = getattr(inner, "optimizer", None)
-    if _group_of(optimizer).keys().isdisjoint(map(id, parameters)):
-        raise ValueError(
-            "the optimizer has none of the model's rotations in its parameter groups, so nothing could be reset. Make "
-            "it after get_peft_model() and load_adapter(), which create new parameters."
-        )
+        own = {"momentum": momentum, "num_newton_schulz_steps": num_newton_schulz_steps}
+        super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0, **own})
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step. Returns what the closure returns, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rest = []
+        for group in self.param_groups:
+            if "blocks" in group:
+                for parameter, (num_rotated, block_size) in zip(group["params"], group["blocks"], strict=True):
+                    if parameter.grad is not None:
+                        self._turn(parameter, BlockPartition(num_rotated, num_rotated, block_size), group)
+            else:
+                rest.append(group)
+        if rest:
+            self._adamw_of(rest).step()
+        return loss
 
-def reset_optimizer_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> int:
-    """Make the optimizer's state of these parameters what it is before the first step.
+    def _adamw_of(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """AdamW that shares groups and state with this optimizer, so that schedulers, checkpoints and folds see them.
 
-    The state is dropped, which is fresh state bit for bit for torch's optimizers. It is set to zero in place instead
-    where the optimizer keeps hold of the tensors (capturable and paged optimizers), and for sharded parameters, whose
-    checkpoints must hold a state for each.
+        Kept from step to step, since making one takes milliseconds, until loading replaces groups and state.
+        """
+        adamw = getattr(self, "_adamw", None)
+        is_current = adamw is not None and adamw.state is self.state
+        if not is_current or list(map(id, adamw.param_groups)) != list(map(id, groups)):
+            adamw = self._adamw = torch.optim.AdamW(groups)
+            adamw.state = self.state
+        return adamw
 
-    Returns:
-        Number of parameters whose state was reset; those without state need none.
-
-    Raises:
-        ValueError: the optimizer has none of the parameters in its groups.
-    """
-    parameters = list(parameters)
-    check_can_fold(optimizer, parameters)
-    group_of = _group_of(optimizer)
-    num_reset = 0
-    for parameter in parameters:
-        state = optimizer.state.get(parameter)
-        if not state:
-            continue
-        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        is_paged = any(getattr(tensor, "is_paged", False) for tensor in tensors)
-        if is_paged or group_of[id(parameter)].get("capturable") or isinstance(parameter, DTensor):
-            for tensor in tensors:
-                tensor.zero_()
-        else:
-            del optimizer.state[parameter]
-        num_reset += 1
-    return num_reset
-
-
-def _group_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    def _turn(self, parameter: Tensor, partition: BlockPartition, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        blocks = partition.skew_blocks(full(state["momentum_buffer"]))
+        turns = [upper_triangle(orthogonalize(Q, group["num_newton_schulz_steps"])).flatten() for Q in blocks]
+        # A plane of singular value theta turns by 2 atan(theta).
+        parameter.add_(spread_like(parameter, torch.cat(turns)), alpha=-group["lr"] / 2)

@@ -8,106 +8,92 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block_map import BlockMap
-from .ops.prepared import RotationParameters
-from .orthogonal import cayley_neumann_offset, orthogonality_error, skew_norm, spectrum_bound
-from .primitives import BlockPartition, Side, draw_index
-from .sharding import full
+from .maths.blocks import BlockPartition, SideName, draw_index
+from .maths.orthogonal import CayleyNeumann, OrthogonalMap
+from .maths.spectrum import orthogonality_error, skew_norm, spectrum_bound
+from .ops.sides import KeptBlocks, Side
+from .weights.sharded import full
 
 
-# A series this long is orthogonal to rounding wherever it is used.
-_LONG_SERIES = 15
-_UNNOTICED = 1e-6
 _BLOWN_UP = 1e6
 
 
-class FoldError(NamedTuple):
+class Orthogonality(NamedTuple):
     """How far the blocks of a rotation are from orthogonal: see `orthogonality_error` and `spectrum_bound`."""
 
-    orthogonality: float
+    error: float
     spectrum: float
 
 
 class Rotation(nn.Module):
     """The orthogonal factor `R` (output side) or `P` (input side) of one layer and adapter.
 
+    Calling it gives its `Side`, for a layer to compute with.
+
     Args:
         partition: how the features of the side are cut into blocks.
         side: "R" or "P".
         module_name: name of the rotated layer in the base model; part of what `index` is drawn from.
-        orthogonal_map: "cayley_neumann" or "cayley".
-        num_neumann_terms: `k` of the Cayley-Neumann series.
+        orthogonal_map: from `Q` to the blocks of the rotation.
+        seed, num_reinits: what `index` is drawn for.
 
     Attributes:
-        weight: strict upper triangles of the blocks' `Q`, row-major, one block after the other, shape
+        weight: strict upper triangles of the blocks' `Q`, row-major, one block after the other, fp32 by default, shape
             (partition.num_parameters,). Zero is the identity.
         index: rotated features in block order, int32, shape (partition.num_rotated,).
+        keeps_blocks: whether blocks are kept between calls, see `KeptBlocks`.
     """
 
     def __init__(
         self,
         partition: BlockPartition,
-        side: Side,
+        side: SideName,
         module_name: str,
-        orthogonal_map: str = "cayley_neumann",
-        num_neumann_terms: int = 3,
+        orthogonal_map: OrthogonalMap | None = None,
         seed: int = 0,
-        epoch: int = 0,
+        num_reinits: int = 0,
+        keeps_blocks: bool = True,
     ) -> None:
         super().__init__()
         self.partition = partition
         self.side = side
         self.module_name = module_name
-        self.block_map = BlockMap(partition, orthogonal_map, num_neumann_terms)
+        self.orthogonal_map = orthogonal_map or CayleyNeumann()
+        self.keeps_blocks = keeps_blocks
         self.weight = nn.Parameter(torch.zeros(partition.num_parameters))
-        self.register_buffer("index", self.draw_index(seed, epoch))
+        self.register_buffer("index", self.draw_index(seed, num_reinits))
+        self._kept = KeptBlocks()
 
-    def draw_index(self, seed: int, epoch: int) -> Tensor:
-        """The index that belongs to a seed and an epoch, on the CPU."""
-        return draw_index(self.partition, seed=seed, module_name=self.module_name, side=self.side, epoch=epoch)
+    def forward(self) -> Side:
+        # A call, not an attribute, so that hooks which fetch parameters (offloading, FSDP) have their turn.
+        kept = self._kept if self.keeps_blocks else None
+        return Side(self.index, full(self.weight), self.partition, self.orthogonal_map, kept)
 
-    def skew_blocks(self) -> list[Tensor]:
-        """The blocks' `Q` in the parameter's dtype, at least fp32: see `BlockMap`."""
-        return self.block_map.skew_blocks(full(self.weight))
-
-    def offsets(self) -> list[Tensor]:
-        """`G - I` of the blocks, in the shapes and dtype of `skew_blocks`."""
-        return self.block_map.offsets(self.skew_blocks())
-
-    def as_parameters(self) -> RotationParameters:
-        """What the compute paths need of it."""
-        return RotationParameters(self.index, full(self.weight), self.block_map)
+    def draw_index(self, seed: int, num_reinits: int) -> Tensor:
+        """The index that belongs to a seed and a number of reinitialisations, on the CPU."""
+        return draw_index(
+            self.partition, seed=seed, module_name=self.module_name, side=self.side, num_reinits=num_reinits
+        )
 
     @torch.no_grad()
     def is_usable(self) -> bool:
         """Whether `G` is finite and of sane size. An orthogonal matrix has entries of at most 1; a series whose `Q`
         has grown without bound has not."""
-        return all(bool((offset.abs() < _BLOWN_UP).all()) for offset in self.offsets())
+        return all(bool((delta.abs() < _BLOWN_UP).all()) for delta in self().blocks().deltas)
 
     @torch.no_grad()
     def angle(self) -> float:
         """The angle of the most-turned plane in radians, `2 atan(theta)`; estimated from below, see `skew_norm`."""
-        return 2 * math.atan(max(float(skew_norm(Q).amax()) for Q in self.skew_blocks()))
+        return 2 * math.atan(max(float(skew_norm(Q).amax()) for Q in self().blocks().Q))
 
     @torch.no_grad()
-    def offsets_for_fold(self) -> tuple[list[Tensor], FoldError]:
-        """`G - I` to fold into the weight, and how far `G` is from orthogonal.
-
-        The series' own `G`, so that the fold changes no output. Where the series is so close to orthogonal that the
-        output cannot notice, the orthogonal matrix next to it, so that nothing drifts.
-        """
-        blocks = self.skew_blocks()
-        offsets = self.block_map.offsets(blocks)
-        matrices = [offset + torch.eye(offset.shape[-1]).to(offset) for offset in offsets]
-        error = FoldError(
-            orthogonality=max(float(orthogonality_error(G)) for G in matrices),
+    def orthogonality(self) -> Orthogonality:
+        """How far `G` is from orthogonal."""
+        matrices = [delta + torch.eye(delta.shape[-1]).to(delta) for delta in self().blocks().deltas]
+        return Orthogonality(
+            error=max(float(orthogonality_error(G)) for G in matrices),
             spectrum=max(float(spectrum_bound(G).amax()) for G in matrices),
         )
-        block_map = self.block_map
-        is_series = block_map.orthogonal_map == "cayley_neumann" and block_map.num_neumann_terms % 2 == 1
-        if is_series and error.spectrum < _UNNOTICED:
-            offsets = [cayley_neumann_offset(Q, _LONG_SERIES) for Q in blocks]
-        return offsets, error
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -115,10 +101,10 @@ class Rotation(nn.Module):
         self.weight.zero_()
 
     @torch.no_grad()
-    def redraw(self, seed: int, epoch: int) -> None:
-        """Take the index of another epoch, in place."""
-        self.index.copy_(self.draw_index(seed, epoch))
+    def redraw(self, seed: int, num_reinits: int) -> None:
+        """Take the index of another reinitialisation, in place."""
+        self.index.copy_(self.draw_index(seed, num_reinits))
 
     def extra_repr(self) -> str:
-        p, kind = self.partition, self.block_map.orthogonal_map
-        return f"dim={p.dim}, num_rotated={p.num_rotated}, block_size={p.block_size}, map={kind}"
+        p = self.partition
+        return f"dim={p.dim}, num_rotated={p.num_rotated}, block_size={p.block_size}, map={self.orthogonal_map}"

@@ -9,14 +9,40 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_layers import check_supported, features, parameter_names
 from .config import POETConfig
-from .primitives import partition_side
-from .quantization import quantized_format
+from .maths.blocks import partition_side, rotated_sides
+from .weights.base import base_weight_of
+from .weights.plain import NEVER_CALLED, features
+from .weights.quantized import QuantizedWeight
+
+
+def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> None:
+    """Refuse a layer that cannot be rotated.
+
+    Raises:
+        TypeError: names the module, its type and the way out.
+    """
+    if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, NEVER_CALLED):
+        return
+    backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    # TransformerEngine's layers normalise their input first, which a rotation of it would change.
+    if backend is not None and backend.layer_type == "linear" and backend.backend_name != "te":
+        return
+    raise TypeError(
+        f"POET cannot rotate {name!r} of type {type(layer).__name__}: only torch.nn.Linear (also quantized) and "
+        "transformers' Conv1D are supported. Take it out of target_modules, or add it to exclude_modules."
+    )
+
+
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def check_targets(
@@ -45,7 +71,7 @@ def check_targets(
     if clipped:
         warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
     _warn_of_unmatched_patterns(config, [name for name, _ in targets])
-    if config.base_init is not None and not config._is_from_file:
+    if config.base_init is not None and not config.is_from_file:
         _warn_if_pretrained(model, config)
 
 
@@ -139,24 +165,22 @@ def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig, **qu
             f"{what}: keep_initial_weights=True cannot run it with another weight. Use a separate copy of the model "
             "as reference (in TRL: ref_model=...)."
         )
-    quantized = quantized_format(backend)
-    if quantized is None:
+    weight = base_weight_of(layer, backend)
+    if not isinstance(weight, QuantizedWeight):
         raise ValueError(
             f"{what}, whose weight cannot be read and quantized anew. Use merge_interval=0, add it to "
             "exclude_modules, or quantize the base with bitsandbytes or torchao."
         )
-    if not config._is_from_file:  # what is in a file was quantized anew; in low-memory loading nothing else can be
-        quantized.check_can_requantize(name, layer)
+    if not config.is_from_file:  # what is in a file was quantized anew; in low-memory loading nothing else can be
+        weight.check_can_requantize(name)
 
 
 def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[str]:
     """The sides that a block does not fit, as text. Raises ValueError if that cannot be clipped."""
-    key = get_pattern_key(config.block_size_pattern.keys(), name)
-    block_size = config.block_size_pattern.get(key, config.block_size)
+    block_size = config.block_size_of(name)
     clipped = []
-    for side, dim in zip(("output", "input"), features(layer), strict=True):
-        if dim == 1:
-            continue
+    for letter, dim in rotated_sides(*features(layer)):
+        side = {"R": "output", "P": "input"}[letter]
         try:
             partition = partition_side(config.variant, block_size, dim)
         except ValueError as error:

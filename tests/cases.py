@@ -31,6 +31,7 @@ class Case:
     variant: str = "block_stochastic"
     orthogonal_map: str = "cayley_neumann"
     num_neumann_terms: int = 3
+    adaptive_terms: bool = True
     dtype: torch.dtype = torch.float32
 
     def config(self, **overrides) -> POETConfig:
@@ -40,8 +41,14 @@ class Case:
             "variant": self.variant,
             "orthogonal_map": self.orthogonal_map,
             "num_neumann_terms": self.num_neumann_terms,
+            "adaptive_terms": self.adaptive_terms,
         }
         return POETConfig(**{**settings, **overrides})
+
+    @property
+    def is_series(self) -> bool:
+        """Whether the blocks are a series of fixed length, which is orthogonal for small rotations only."""
+        return self.orthogonal_map == "cayley_neumann" and not self.adaptive_terms
 
     @property
     def float64(self) -> "Case":
@@ -72,10 +79,11 @@ CASES = [
     Case("exact", orthogonal_map="cayley"),
     Case("exact-remainder", 19, 22, orthogonal_map="cayley"),
     Case("exact-fully-stochastic", variant=FULLY, orthogonal_map="cayley"),
-    Case("1-term", num_neumann_terms=1),
-    Case("2-terms", num_neumann_terms=2),
-    Case("5-terms-remainder", 19, 22, num_neumann_terms=5),
-    Case("7-terms", num_neumann_terms=7),
+    Case("1-term", num_neumann_terms=1, adaptive_terms=False),
+    Case("2-terms", num_neumann_terms=2, adaptive_terms=False),
+    Case("3-terms", adaptive_terms=False),
+    Case("5-terms-remainder", 19, 22, num_neumann_terms=5, adaptive_terms=False),
+    Case("7-terms", num_neumann_terms=7, adaptive_terms=False),
     Case("float64", dtype=torch.float64),
     Case("float64-conv1d-remainder", 19, 22, kind="conv1d", dtype=torch.float64),
     Case("bfloat16", dtype=torch.bfloat16),
@@ -163,7 +171,7 @@ def randomize(model: nn.Module, theta: float, seed: int = 10) -> None:
     """Give all rotations random parameters, with a largest singular value of `Q` of about `theta`."""
     for layer in model.modules():
         if isinstance(layer, Linear):
-            for rotation in (rotation for name in layer.poet_schedule for rotation in layer.rotations(name)):
+            for rotation in (rotation for name in layer.poet_config for rotation in layer.rotations(name)):
                 std = theta / (2 * rotation.partition.block_size**0.5)
                 rotation.weight.copy_(std * normal(rotation.weight.numel(), seed=seed))
                 seed += 1
@@ -198,7 +206,7 @@ def dense_rotation(case: Case, dim: int, rotations: nn.ModuleDict, adapter: str 
                 Q[i, j] = next(parameters)
                 Q[j, i] = -Q[i, j]
         identity = torch.eye(len(block), dtype=torch.float64)
-        if case.orthogonal_map == "cayley":
+        if not case.is_series:
             G = (identity + Q) @ torch.linalg.inv(identity - Q)
         else:
             series = sum(torch.linalg.matrix_power(Q, power) for power in range(case.num_neumann_terms + 1))

@@ -106,7 +106,7 @@ def parts(model):
     return {
         f"{name}.{part}": tensor.clone()
         for name, layer in rotated_layers(model).items()
-        for part, tensor in layer.quantized_format.parts(layer.get_base_layer()).items()
+        for part, tensor in layer.base_weight.parts().items()
     }
 
 

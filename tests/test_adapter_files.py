@@ -10,7 +10,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from poet_peft import POETConfig
-from poet_peft.model import poet_layers
+from poet_peft.layer import poet_layers
 
 
 @pytest.mark.parametrize("regime", ADAPTERS)

@@ -46,7 +46,7 @@ LAYERS = [
 ROTATION_KEYS = {
     f"{PREFIX}{layer}.{tensor}"
     for layer in LAYERS
-    for tensor in ("poet_R.weight", "poet_R.index", "poet_P.weight", "poet_P.index", "poet_schedule")
+    for tensor in ("poet_R.weight", "poet_R.index", "poet_P.weight", "poet_P.index", "poet_state")
 }
 BASE_KEYS = {f"{PREFIX}{layer}.base_layer.weight" for layer in LAYERS}
 REST_KEYS = {f"{PREFIX}{name}" for name in llama().state_dict() if name.removesuffix(".weight") not in LAYERS}
@@ -501,7 +501,7 @@ def _swap(key, other):
     return lambda tensors: tensors.update({key: tensors[other], other: tensors[key]})
 
 
-INDEX, SCHEDULE, WEIGHT = f"{LAYER}.poet_P.index", f"{LAYER}.poet_schedule", f"{LAYER}.poet_P.weight"
+INDEX, SCHEDULE, WEIGHT = f"{LAYER}.poet_P.index", f"{LAYER}.poet_state", f"{LAYER}.poet_P.weight"
 BASE_WEIGHT, EMBEDDING = f"{LAYER}.base_layer.weight", f"{PREFIX}model.embed_tokens.weight"
 # What is wrong with the file: the regime, the edit, and what the error must name.
 BAD_FILES = {

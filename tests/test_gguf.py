@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import GgufConfig
 from trl import SFTConfig, SFTTrainer
 
 from poet_peft import POETConfig, poet_param_groups
-from poet_peft.model import poet_layers
+from poet_peft.layer import poet_layers
 
 
 TEXTS = ["The capital of France is Paris, and that of Italy is Rome.", "Water boils at a hundred degrees."]

@@ -16,6 +16,7 @@ from cases import (
     wrap,
 )
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from poet_peft import POETConfig
 from poet_peft.ops import effective
@@ -41,11 +42,12 @@ def rotation_parameters(layer):
     return {name: parameter for name, parameter in layer.named_parameters() if name.startswith("poet_")}
 
 
-def gradients(layer, x):
-    """Of a fixed random function of the output: by input and rotation parameter."""
+def gradients(layer, x, run=None):
+    """Of a fixed random function of the output, or of `run(layer, x)`: by input and rotation parameter."""
     x = x.detach().requires_grad_()
     parameters = rotation_parameters(layer)
-    values = torch.autograd.grad(function(layer(x)), [x, *parameters.values()])
+    loss = function(layer(x)) if run is None else run(layer, x)
+    values = torch.autograd.grad(loss, [x, *parameters.values()])
     return dict(zip(["x", *parameters], values, strict=True))
 
 
@@ -77,15 +79,15 @@ def test_every_path_gives_the_gradients_of_the_reference(case, leading, path):
     with compute_path("reference"):
         expected = gradients(layer, x)
     actual = gradients(layer, x)
-    tolerance = 1e-5 if path == "tangent" else 1e-13
+    tolerance = 1e-12
     assert all(relative_error(actual[name], expected[name]) < tolerance for name in expected)
 
 
-@pytest.mark.parametrize("theta, is_used", [(0.2, True), (3.0, False)])
+@pytest.mark.parametrize("theta, is_used", [(1e-3, True), (3.0, False)])
 @for_float64_cases
 def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, monkeypatch):
     """Blocks that are far from orthogonal have their gradients by the other rule, which is exact for any blocks."""
-    is_used = case.orthogonal_map == "cayley" or (is_used and case.num_neumann_terms > 1)
+    is_used = is_used or not case.is_series
     _, layer = rotated(case, theta=theta)
     x = inputs(case, 7)
     with compute_path("reference"):
@@ -96,23 +98,46 @@ def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, m
     with compute_path("tangent"):
         actual = gradients(layer, x)
     assert bool(used) == is_used
-    assert all(relative_error(actual[name], expected[name]) < (1e-5 if is_used else 1e-12) for name in expected)
+    assert all(relative_error(actual[name], expected[name]) < 1e-11 for name in expected)
 
 
-@pytest.mark.parametrize("memory_efficient", [False, True])
-def test_output_that_is_written_to_in_place_is_refused_or_not_needed(memory_efficient):
-    case = Case("wide", 96, 64, block_size=16, bias=False)
-    _, layer = rotated(case, memory_efficient=memory_efficient)
-    x = inputs(case, 200).requires_grad_()
-    loss = layer(x).relu_().sum()
-    if memory_efficient:
+def in_place(layer, x):
+    return layer(x).relu_().sum()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_output_may_be_written_to_in_place(bias, checkpoints):
+    """As by `ReLU(inplace=True)`, or by Falcon, which adds to it. The rule that needs the output then gives way."""
+    case = Case("wide", 96, 64, block_size=16, bias=bias)
+    _, layer = rotated(case)
+    x = inputs(case, 200)
+    with compute_path("tangent"):
+        expected = gradients(layer, x, lambda layer, x: layer(x).relu().sum())
+        run = (lambda layer, x: checkpoint(in_place, layer, x, use_reentrant=False)) if checkpoints else in_place
+        actual = gradients(layer, x, run)
+    assert all(relative_error(actual[name], expected[name]) < 1e-5 for name in expected)
+
+
+def step_the_rotations(layer):
+    torch.optim.SGD(layer.poet_R.parameters(), lr=0.1).step()
+
+
+@torch.no_grad()
+def edit_the_weight(layer):
+    layer.get_base_layer().weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change, named", [(step_the_rotations, "the rotation R"), (edit_the_weight, "the base weight")]
+)
+def test_backward_after_a_change_in_place_names_what_changed(change, named):
+    _, layer = rotated(PLAIN)
+    loss = layer(inputs(PLAIN, 7)).sum()
+    layer(inputs(PLAIN, 7)).sum().backward()
+    change(layer)
+    with pytest.raises(RuntimeError, match=f"{named} changed in place between forward and backward"):
         loss.backward()
-        written, x.grad = x.grad, None
-        layer(x).relu().sum().backward()
-        assert torch.equal(written, x.grad)
-    else:
-        with pytest.raises(RuntimeError, match="memory_efficient=True"):
-            loss.backward()
 
 
 @for_every_path

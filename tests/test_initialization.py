@@ -6,7 +6,7 @@ from cases import PLAIN, OneLayer, TwoLayers, base_layer, matrix, randomize, rel
 from models import gpt2, llama
 
 from poet_peft import POETConfig, merge_and_reinitialize
-from poet_peft.initialization import SCHEMES, draw_weight, initialize_base_weights
+from poet_peft.weights.initial import SCHEMES, draw_weight, initialize_base_weights
 
 
 SHAPES = {"tall": (60, 20), "wide": (20, 60), "square": (30, 30), "one-output": (1, 12), "one-input": (12, 1)}

@@ -17,7 +17,7 @@ import pytest
 from models import assert_same_state
 from safetensors.torch import load_file
 
-from poet_peft.resume import latest_checkpoint
+from poet_peft.files.training_checkpoints import latest_checkpoint
 
 
 pytestmark = pytest.mark.slow
@@ -140,7 +140,7 @@ def values(directory, key):
     return {entry["step"]: entry[key] for entry in log if key in entry}
 
 
-@pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "eval_loss", "poet/epoch"])
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "learning_rate", "eval_loss", "poet/num_reinits"])
 def test_killed_run_logged_what_the_uninterrupted_one_did(killed, uninterrupted, key):
     assert values(killed[0], key) == values(uninterrupted, key)
 

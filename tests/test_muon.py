@@ -7,7 +7,7 @@ import torch
 from models import assert_same_state, gpt2, llama, step, wrap
 
 from poet_peft import RotationMuon, poet_param_groups
-from poet_peft.model import poet_layers
+from poet_peft.layer import poet_layers
 from poet_peft.optim import rotation_parameters
 
 

@@ -22,7 +22,7 @@ from models import (
 )
 from transformers.optimization import Adafactor
 
-from poet_peft import POETMergeError, RotationMuon, merge_and_reinitialize, poet_param_groups
+from poet_peft import POETFoldError, RotationMuon, merge_and_reinitialize, poet_param_groups
 from poet_peft.optim import rotation_parameters
 
 
@@ -334,7 +334,7 @@ def test_optimizer_keeps_its_state_when_a_fold_is_refused():
     optimizer = train(model, 1)
     before = state_by_name(model, optimizer)
     model.merge_adapter()
-    with pytest.raises(POETMergeError):
+    with pytest.raises(POETFoldError):
         merge_and_reinitialize(model, optimizer)
     assert_same_state(state_by_name(model, optimizer), before)
 

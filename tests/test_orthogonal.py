@@ -4,23 +4,21 @@ import pytest
 import torch
 from cases import normal
 
-from poet_peft.orthogonal import (
+from poet_peft.maths.orthogonal import (
     cayley,
+    cayley_delta,
     cayley_neumann,
-    cayley_neumann_offset,
-    cayley_offset,
-    orthogonality_error,
+    cayley_neumann_delta,
     orthogonalize,
     skew,
-    skew_norm,
-    spectrum_bound,
     upper_triangle,
 )
+from poet_peft.maths.spectrum import orthogonality_error, skew_norm, spectrum_bound
 
 
 SIZES = (1, 2, 3, 5, 8, 16, 33)
 NUM_TERMS = range(1, 9)
-MAPS = {"cayley": (cayley, cayley_offset), "cayley_neumann": (cayley_neumann, cayley_neumann_offset)}
+MAPS = {"cayley": (cayley, cayley_delta), "cayley_neumann": (cayley_neumann, cayley_neumann_delta)}
 
 for_every_size = pytest.mark.parametrize("n", SIZES)
 for_every_num_terms = pytest.mark.parametrize("k", NUM_TERMS)
@@ -170,7 +168,7 @@ def test_cayley_is_the_orthogonal_matrix_next_to_an_odd_series(k):
     torch.testing.assert_close(U @ Vh, cayley(Q), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("function", [cayley_neumann, cayley_neumann_offset])
+@pytest.mark.parametrize("function", [cayley_neumann, cayley_neumann_delta])
 @pytest.mark.parametrize("num_terms", [0, -1])
 def test_series_without_terms_is_refused(function, num_terms):
     with pytest.raises(ValueError, match=f"num_terms must be at least 1, got {num_terms}"):
@@ -197,18 +195,18 @@ def test_maps_keep_the_dtype(name, dtype):
 
 @for_every_size
 @pytest.mark.parametrize("theta", [1e-6, 0.1, 0.9])
-def test_cayley_offset_is_the_map_minus_the_identity(n, theta):
+def test_cayley_delta_is_the_map_minus_the_identity(n, theta):
     Q = skew_of_norm(n, theta)
     identity = torch.eye(n, dtype=torch.float64)
-    torch.testing.assert_close(cayley_offset(Q), cayley(Q) - identity, rtol=0, atol=1e-15)
+    torch.testing.assert_close(cayley_delta(Q), cayley(Q) - identity, rtol=0, atol=1e-15)
 
 
 @for_every_num_terms
 @pytest.mark.parametrize("theta", [1e-6, 0.1, 0.9])
-def test_cayley_neumann_offset_is_the_series_minus_the_identity(k, theta):
+def test_cayley_neumann_delta_is_the_series_minus_the_identity(k, theta):
     Q = skew_of_norm(8, theta)
     identity = torch.eye(8, dtype=torch.float64)
-    torch.testing.assert_close(cayley_neumann_offset(Q, k), power_series(Q, k) - identity, rtol=0, atol=2e-15)
+    torch.testing.assert_close(cayley_neumann_delta(Q, k), power_series(Q, k) - identity, rtol=0, atol=2e-15)
 
 
 @for_both_maps

@@ -27,8 +27,8 @@ from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from poet_peft import POETMergeError, POETReferenceError, merge_and_reinitialize, poet_param_groups
-from poet_peft.model import poet_layers
+from poet_peft import POETFoldError, POETReferenceError, merge_and_reinitialize, poet_param_groups
+from poet_peft.layer import poet_layers
 
 
 each_regime = pytest.mark.parametrize("regime", REGIMES)
@@ -436,7 +436,7 @@ def test_fold_beside_another_adapter_is_refused_and_changes_nothing():
     model = wrap(llama(), "periodic")
     model.add_adapter("second", poet_config("periodic"))
     before = state(model)
-    with pytest.raises(POETMergeError, match="second"):
+    with pytest.raises(POETFoldError, match="second"):
         merge_and_reinitialize(model)
     assert_same_state(model.state_dict(), before)
 
@@ -446,7 +446,7 @@ def test_fold_of_a_merged_adapter_is_refused_and_changes_nothing(regime):
     model = wrap(llama(), regime)
     model.merge_adapter()
     before = state(model)
-    with pytest.raises(POETMergeError, match="unmerge_adapter"):
+    with pytest.raises(POETFoldError, match="unmerge_adapter"):
         merge_and_reinitialize(model)
     assert_same_state(model.state_dict(), before)
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from workers.resume_run import LENGTH, make_trainer, text
 
-from poet_peft import POETCallback, POETMergeError, merge_and_reinitialize
-from poet_peft.model import poet_layers
-from poet_peft.orthogonal import orthogonality_error
-from poet_peft.precision import join, split
+from poet_peft import POETCallback, POETFoldError, merge_and_reinitialize
+from poet_peft.layer import poet_layers
+from poet_peft.maths.orthogonal import orthogonality_error
+from poet_peft.weights.residual import join, split
 
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -179,9 +179,9 @@ def test_rotations_are_built_in_fp32_under_autocast(dtype, regime):
     model = wrap(llama(), regime)
     _, layer = next(poet_layers(model))
     for rotation in layer.rotations("default"):
-        expected = rotation.offsets()
+        expected = rotation().deltas()
         with torch.autocast("cpu", dtype=dtype):
-            actual = rotation.offsets()
+            actual = rotation().deltas()
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
@@ -189,7 +189,7 @@ def test_rotations_are_built_in_fp32_under_autocast(dtype, regime):
 def test_rotations_are_orthogonal_to_fp32_under_autocast(dtype):
     _, layer = next(poet_layers(wrap(llama(), "exact_cayley")))
     with torch.autocast("cpu", dtype=dtype):
-        blocks = [offset.detach() for rotation in layer.rotations("default") for offset in rotation.offsets()]
+        blocks = [offset.detach() for rotation in layer.rotations("default") for offset in rotation().deltas()]
     assert max(float(orthogonality_error(G + torch.eye(G.shape[-1]))) for G in blocks) < 2e-6
 
 
@@ -242,7 +242,7 @@ SPOILT_NAME = "model.layers.1.mlp.up_proj"
 def test_rotation_that_is_not_finite_is_refused_at_the_fold_by_name(tmp_path, value):
     trainer = make_trainer(CASE, tmp_path)
     trainer.add_callback(Spoil(value, at=4))  # the step of the fold: an earlier one would spoil the others too
-    with pytest.raises(POETMergeError, match=f"rotation P of '{SPOILT_NAME}'"):
+    with pytest.raises(POETFoldError, match=f"rotation P of '{SPOILT_NAME}'"):
         trainer.train()
 
 
@@ -252,7 +252,7 @@ def test_base_weights_stay_as_they_were_when_a_fold_is_refused(tmp_path, at):
     trainer = make_trainer(CASE, tmp_path)
     before = {name: layer.get_base_layer().weight.clone() for name, layer in poet_layers(trainer.model)}
     trainer.add_callback(Spoil(float("nan"), at=at))
-    with pytest.raises(POETMergeError):
+    with pytest.raises(POETFoldError):
         trainer.train()
     assert_same_state({name: layer.get_base_layer().weight for name, layer in poet_layers(trainer.model)}, before)
 
@@ -261,7 +261,7 @@ def test_base_weights_stay_as_they_were_when_a_fold_is_refused(tmp_path, at):
 def test_refused_fold_writes_no_checkpoint(tmp_path, at):
     trainer = make_trainer(CASE, tmp_path)
     trainer.add_callback(Spoil(float("nan"), at=at))
-    with pytest.raises(POETMergeError):
+    with pytest.raises(POETFoldError):
         trainer.train()
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
 
@@ -304,7 +304,7 @@ def test_step_without_a_label_leaves_everything_finite(tmp_path):
 def test_step_without_a_label_counts_as_the_optimizer_step_that_it_is(tmp_path):
     trainer = in_order(make_trainer(CASE, tmp_path), masked(2, 3))
     trainer.train()
-    assert {layer.num_folds("default") for _, layer in poet_layers(trainer.model)} == {2}
+    assert {layer.state("default").num_folds for _, layer in poet_layers(trainer.model)} == {2}
 
 
 @pytest.mark.parametrize("regime", ["block_stochastic", "fully_stochastic", "exact_cayley"])
@@ -336,7 +336,7 @@ class Overflow(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, optimizer, **kwargs):
         _, layer = next(poet_layers(model))
-        self.folds.append(layer.num_folds("default"))
+        self.folds.append(layer.state("default").num_folds)
         self.skipped.append(layer.num_skipped_steps("default"))
         assert optimizer.step_was_skipped == (state.global_step in SKIPPED)
 
@@ -376,7 +376,7 @@ def test_skipped_steps_are_counted_in_the_model(scaled):
 
 def test_skipped_steps_are_in_the_checkpoint(scaled):
     tensors = load_file(scaled[0] / "checkpoint-6" / "adapter_model.safetensors")
-    assert {tensor[3].item() for name, tensor in tensors.items() if name.endswith("poet_schedule")} == {2}
+    assert {tensor[3].item() for name, tensor in tensors.items() if name.endswith("poet_state")} == {2}
 
 
 @pytest.fixture(scope="module", params=[4, 5, 6])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from poet_peft import POETCallback, POETCheckpointError, POETConfig, POETMergeError, merge_and_reinitialize
+from poet_peft import POETCallback, POETCheckpointError, POETConfig, POETFoldError, merge_and_reinitialize
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -140,7 +140,7 @@ def _rotate(rotation, x, transpose=False):
     """`G x` for a matrix of columns, block by block, in fp64."""
     x = x.clone()
     start = 0
-    for offsets in rotation.offsets():
+    for offsets in rotation().deltas():
         for offset in offsets.double():
             index = rotation.index[start : start + len(offset)].long()
             G = offset.detach() + torch.eye(len(offset), dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_fold_of_a_broken_rotation_changes_nothing(name):
     before = parts(model)
     with torch.no_grad():
         rotated_layers(model)[FIRST].poet_R["default"].weight[0] = torch.inf
-    with pytest.raises(POETMergeError, match="NaN or infinite"):
+    with pytest.raises(POETFoldError, match="NaN or infinite"):
         merge_and_reinitialize(model)
     assert_same(parts(model), before)
 

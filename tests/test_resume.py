@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from workers.resume_run import NUM_STEPS, build, make_trainer, result_of
 
 from poet_peft import POETCheckpointError
-from poet_peft.resume import latest_checkpoint, verify_checkpoint
+from poet_peft.files.training_checkpoints import latest_checkpoint, verify_checkpoint
 
 
 TESTS = Path(__file__).parent
@@ -391,7 +391,7 @@ def test_trainer_loads_nothing_of_a_truncated_adapter(checkpoint, tmp_path, num_
 WRONG_DTYPES = {
     "poet_R.weight": torch.int32,
     "poet_R.index": torch.float32,
-    "poet_schedule": torch.float32,
+    "poet_state": torch.float32,
     "base_layer.weight": torch.int64,
     "embed_tokens.weight": torch.uint8,
 }

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from poet_peft import MergeReport, POETCallback, POETConfig, poet_param_groups
-from poet_peft.model import poet_layers
+from poet_peft.layer import poet_layers
 from poet_peft.optim import rotation_parameters
 
 
@@ -70,8 +70,8 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         layers = [layer for _, layer in poet_layers(model)]
-        (folds,) = {layer.num_folds("default") for layer in layers}
-        (epochs,) = {layer.epoch("default") for layer in layers}
+        (folds,) = {layer.state("default").num_folds for layer in layers}
+        (epochs,) = {layer.state("default").num_reinits for layer in layers}
         self.folds.append(folds)
         self.epochs.append(epochs)
         self.weights.append(layers[3].get_base_layer().weight.detach().clone())
@@ -182,7 +182,7 @@ def test_last_report_is_of_the_latest_fold(tmp_path):
     assert callback.last_report is None
     trainer_of(wrap(llama(), "pretraining"), tmp_path, callback).train()
     assert isinstance(callback.last_report, MergeReport)
-    assert (callback.last_report.num_layers, callback.last_report.epoch) == (14, 2)
+    assert (callback.last_report.num_layers, callback.last_report.num_reinits) == (14, 2)
 
 
 class Reporter(TrainerCallback):
@@ -196,7 +196,7 @@ class Reporter(TrainerCallback):
 
 
 FOLD_KEYS = {
-    "poet/epoch",
+    "poet/num_reinits",
     "poet/orthogonality_error",
     "poet/max_rotation_angle",
     "poet/spectral_drift",
@@ -209,7 +209,7 @@ def test_log_history_has_each_fold_at_its_own_step(tmp_path):
     model = wrap(llama(), "periodic", merge_interval=4)
     trainer = trainer_of(model, tmp_path, POETCallback(), logging_steps=3)
     trainer.train()
-    logged = {entry["step"]: entry["poet/epoch"] for entry in trainer.state.log_history if "poet/epoch" in entry}
+    logged = {entry["step"]: entry["poet/num_reinits"] for entry in trainer.state.log_history if "poet/num_reinits" in entry}
     assert logged == {4: 1, 8: 2}
 
 
@@ -227,7 +227,7 @@ def test_attaching_takes_the_place_of_a_callback_that_was_given(tmp_path):
     trainer = trainer_of(model, tmp_path, POETCallback())
     POETCallback().attach(trainer)
     trainer.train()
-    assert {layer.num_folds("default") for _, layer in poet_layers(model)} == {2}
+    assert {layer.state("default").num_folds for _, layer in poet_layers(model)} == {2}
 
 
 def test_optimizer_state_of_the_rotations_starts_anew_with_every_fold(tmp_path):
@@ -400,7 +400,7 @@ def files(run, step):
 @pytest.mark.parametrize("step", [3, 4, 5])
 def test_checkpoint_of_a_step_knows_the_folds_up_to_it(uninterrupted, regime, step):
     tensors = files(uninterrupted(regime), step)
-    schedules = {tuple(tensor.tolist()[:3]) for name, tensor in tensors.items() if name.endswith("poet_schedule")}
+    schedules = {tuple(tensor.tolist()[:3]) for name, tensor in tensors.items() if name.endswith("poet_state")}
     assert schedules == {(0, step // 4, step // 4)}
 
 
@@ -420,7 +420,7 @@ def test_evaluation_of_a_fold_step_sees_the_folded_model(tmp_path, regime):
 
     def record(layer, args):
         if not layer.training:
-            seen.append((trainer.state.global_step, layer.num_folds("default")))
+            seen.append((trainer.state.global_step, layer.state("default").num_folds))
 
     layer = next(layer for _, layer in poet_layers(model))
     layer.register_forward_pre_hook(record)

@@ -11,7 +11,7 @@ from models import llama, poet_config, state
 from peft import get_peft_model
 from test_examples import byte_tokenizer
 
-from poet_peft import POETCallback, POETMergeError, POETReferenceError
+from poet_peft import POETCallback, POETFoldError, POETReferenceError
 
 
 pytestmark = pytest.mark.slow  # trl takes seconds to import
@@ -123,7 +123,7 @@ def test_sft_folds(base, tmp_path):
     callback = POETCallback()
     trainer = make_trainer("SFT", base, tmp_path, fresh(**PERIODIC), callbacks=[callback], max_steps=4)
     trainer.train()
-    assert callback.last_report.epoch == 2
+    assert callback.last_report.num_reinits == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
 
@@ -175,7 +175,7 @@ def test_folds_without_a_reference_are_refused_before_the_first_step(kind, base,
 def test_folds_of_an_adapter_that_is_its_own_reference_are_refused_before_the_first_step(base, tmp_path):
     wrapped = get_peft_model(base, poet_config(task_type="CAUSAL_LM", **PERIODIC))
     trainer = make_trainer("DPO", wrapped, tmp_path, callbacks=[POETCallback()])
-    with pytest.raises(POETMergeError, match=r"carries the adapters \['default', 'ref'\].*merge_interval=0"):
+    with pytest.raises(POETFoldError, match=r"carries the adapters \['default', 'ref'\].*merge_interval=0"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -185,7 +185,7 @@ def test_dpo_folds_beside_a_reference_model(base, tmp_path):
     trainer = make_trainer("DPO", base, tmp_path, fresh(**PERIODIC), copy.deepcopy(base), [callback])
     trainer.train()
     rewards, expected = dpo_rewards(trainer, untouched)
-    assert callback.last_report.epoch == 1
+    assert callback.last_report.num_reinits == 1
     assert rewards == pytest.approx(expected, rel=1e-4)
 
 
@@ -195,7 +195,7 @@ def test_dpo_folds_with_the_initial_weights_kept(base, tmp_path):
     trainer = make_trainer("DPO", base, tmp_path, config, callbacks=[callback])
     trainer.train()
     rewards, expected = dpo_rewards(trainer, untouched)
-    assert callback.last_report.epoch == 1
+    assert callback.last_report.num_reinits == 1
     assert rewards == pytest.approx(expected, rel=1e-4)
 
 
@@ -203,7 +203,7 @@ def test_grpo_folds_where_no_reference_is_needed(base, tmp_path):
     callback = POETCallback()
     trainer = make_trainer("GRPO", base, tmp_path, fresh(**PERIODIC), callbacks=[callback], beta=0.0)
     trainer.train()
-    assert callback.last_report.epoch == 1
+    assert callback.last_report.num_reinits == 1
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 

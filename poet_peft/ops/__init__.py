@@ -2,5 +2,5 @@
 
 `reference` is the specification. `paths` chooses between it and the faster ways, by cost: `input_centric` rotates
 activations; `effective` computes with the weight `R W P`, with two rules for the gradients of the rotations, "tangent"
-and "weight_centric", from what `prepared` computes once an optimizer step. `triton` has kernels for GPUs.
+and "weight_centric". `sides` holds the rotation of one side, and the blocks that follow from its parameters.
 """

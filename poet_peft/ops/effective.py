@@ -13,41 +13,47 @@ blocks are consecutive:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..block_map import BlockMap
-from .basis import block_slices
-from .prepared import (
-    Prepared,
-    PreparedSide,
-    RotationParameters,
-    prepare,
-    prepare_sides,
-    rotate_columns,
-    rotate_rows,
-    to_basis,
-)
+from ..maths.blocks import block_slices
+from .sides import Side, SideBlocks, effective_weight, rotate_columns, rotate_rows, to_block_order
 
 
 # Gathered tokens of a chunk stay in a core's cache between gather and product.
 _CHUNK = 512
 
 
+class _Plan(NamedTuple):
+    """How one call is computed."""
+
+    R: Side | None
+    P: Side | None
+    tangent: bool
+    memory_efficient: bool
+
+    def blocks(self, tensors: Sequence[Tensor | None]) -> tuple[SideBlocks | None, SideBlocks | None]:
+        """Both sides' blocks, from `(upper_R, index_R, upper_P, index_P)`."""
+        upper_R, index_R, upper_P, index_P = tensors
+        R = self.R and self.R._replace(upper=upper_R, index=index_R).blocks(self.tangent)
+        P = self.P and self.P._replace(upper=upper_P, index=index_P).blocks(self.tangent)
+        return R, P
+
+
 def effective_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    R: RotationParameters | None,
-    P: RotationParameters | None,
+    R: Side | None,
+    P: Side | None,
     *,
     tangent: bool,
     memory_efficient: bool = False,
-    prepared: Prepared | None = None,
 ) -> Tensor:
     """`reference.poet_linear` for one adapter: at most one rotation a side, and at least one in all.
 
@@ -56,13 +62,9 @@ def effective_linear(
     Args:
         tangent: use the tangent rule if the blocks are near enough to orthogonal, else the weight-centric one.
         memory_efficient: keep no second copy of the weight between forward and backward, but build it twice.
-        prepared: `prepare(weight, R, P, with_inverses=tangent)`, if it is at hand.
     """
-    index_R, upper_R, map_R = R or (None, None, None)
-    index_P, upper_P, map_P = P or (None, None, None)
-    return _EffectiveLinear.apply(
-        x, weight, bias, upper_R, upper_P, index_R, index_P, map_R, map_P, tangent, memory_efficient, prepared
-    )
+    tensors = [tensor for side in (R, P) for tensor in ((side.upper, side.index) if side else (None, None))]
+    return _EffectiveLinear.apply(x, weight, bias, *tensors, _Plan(R, P, tangent, memory_efficient))
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -73,25 +75,22 @@ class _EffectiveLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         upper_R: Tensor | None,
-        upper_P: Tensor | None,
         index_R: Tensor | None,
+        upper_P: Tensor | None,
         index_P: Tensor | None,
-        map_R: BlockMap | None,
-        map_P: BlockMap | None,
-        tangent: bool,
-        memory_efficient: bool,
-        prepared: Prepared | None,
+        plan: _Plan,
     ) -> Tensor:
-        kept_outside = prepared is not None
-        if prepared is None:
-            R, P = _parameters(index_R, upper_R, map_R), _parameters(index_P, upper_P, map_P)
-            prepared = prepare(weight, R, P, with_inverses=tangent)
-        y = F.linear(x, prepared.weight)
-        ctx.tangent = tangent and prepared.has_inverses and any(ctx.needs_input_grad[3:5])
-        effective = None if kept_outside or memory_efficient else prepared.weight
-        ctx.save_for_backward(x, weight, upper_R, upper_P, index_R, index_P, effective, y if ctx.tangent else None)
-        ctx.prepared = prepared if kept_outside else None
-        ctx.map_R, ctx.map_P = map_R, map_P
+        tensors = (upper_R, index_R, upper_P, index_P)
+        R, P = blocks = plan.blocks(tensors)
+        effective = effective_weight(weight, R, P)
+        y = F.linear(x, effective)
+        has_inverses = all(side is None or side.inverses is not None for side in blocks)
+        ctx.tangent = plan.tangent and has_inverses and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
+        ctx.plan, ctx.weight = plan, weight
+        ctx.versions = [tensor._version for tensor in _named_tensors(ctx).values()]
+        ctx.blocks = None if plan.memory_efficient else blocks
+        ctx.output = _Unwritten(y) if ctx.tangent else None
+        ctx.save_for_backward(x, weight, *tensors, None if plan.memory_efficient else effective)
         return y if bias is None else y + bias.to(y.dtype)
 
     @staticmethod
@@ -102,79 +101,115 @@ class _EffectiveLinear(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, upper_R, upper_P, index_R, index_P, effective, y = _saved_tensors(ctx)
-    prepared = ctx.prepared
-    if prepared is None:
-        R, P = _parameters(index_R, upper_R, ctx.map_R), _parameters(index_P, upper_P, ctx.map_P)
-        if effective is None:
-            prepared = prepare(weight, R, P, with_inverses=ctx.tangent)
-        else:
-            prepared = Prepared(*prepare_sides(weight, R, P, ctx.tangent), effective)
+    x, weight, *tensors, effective = _saved_tensors(ctx)
+    R, P = ctx.plan.blocks(tensors) if ctx.blocks is None else ctx.blocks
+    if effective is None:
+        effective = effective_weight(weight, R, P)
+    y = ctx.output.take() if ctx.output is not None else None
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.output = None  # its memory is needed by the layers below
 
-    needs_x, _, needs_bias, needs_R, needs_P = ctx.needs_input_grad[:5]
+    needs_x, _, needs_bias, needs_R, _, needs_P = ctx.needs_input_grad[:6]
     grad_x = grad_bias = grad_R = grad_P = None
-    if needs_x or (ctx.tangent and needs_P):
-        grad_x = grad_y @ prepared.weight.to(grad_y.dtype)
+    if needs_x or (y is not None and needs_P):
+        grad_x = grad_y @ effective.to(grad_y.dtype)
     tokens_y, tokens_x = _flat(grad_y), _flat(x).to(grad_y.dtype)
     if needs_bias:
         grad_bias = tokens_y.sum(0)
-    if ctx.tangent:
-        blocks_R = _tangent_R(tokens_y, _flat(y), prepared.R) if needs_R else None
-        blocks_P = _tangent_P(_flat(grad_x), tokens_x, prepared.P) if needs_P else None
+    if y is not None:
+        blocks_R = _tangent_R(tokens_y, _flat(y), R) if needs_R else None
+        blocks_P = _tangent_P(_flat(grad_x), tokens_x, P) if needs_P else None
     elif needs_R or needs_P:
-        blocks_R, blocks_P = _weight_centric(tokens_y.mT @ tokens_x, weight, prepared)
+        blocks_R, blocks_P = _weight_centric(tokens_y.mT @ tokens_x, weight, R, P)
     if needs_R:
-        grad_R = ctx.map_R.pull_back(prepared.R.blocks, prepared.R.offsets, blocks_R).to(upper_R.dtype)
+        grad_R = R.vjp(ctx.plan.R.orthogonal_map, blocks_R).to(tensors[0].dtype)
     if needs_P:
-        grad_P = ctx.map_P.pull_back(prepared.P.blocks, prepared.P.offsets, blocks_P).to(upper_P.dtype)
-    return grad_x.to(x.dtype) if needs_x else None, None, grad_bias, grad_R, grad_P, *[None] * 7
+        grad_P = P.vjp(ctx.plan.P.orthogonal_map, blocks_P).to(tensors[2].dtype)
+    return grad_x.to(x.dtype) if needs_x else None, None, grad_bias, grad_R, None, grad_P, None, None
+
+
+def _named_tensors(ctx: Any) -> dict[str, Tensor]:
+    """The tensors that outlive a call, by what an error calls them."""
+    sides = {f"the rotation {name}": side.upper for name, side in (("R", ctx.plan.R), ("P", ctx.plan.P)) if side}
+    return {"the base weight": ctx.weight, **sides}
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
-        if ctx.tangent and "inplace operation" in str(error):
-            raise RuntimeError(
-                "a tensor that a rotated layer needs in its backward was written to in place, such as its output by "
-                "ReLU(inplace=True). Write to a copy, or pass POETConfig(memory_efficient=True), which does not need "
-                "the output."
-            ) from error
-        raise
+        if "inplace operation" not in str(error):
+            raise
+        now = _named_tensors(ctx)
+        changed = [name for version, (name, x) in zip(ctx.versions, now.items(), strict=True) if x._version != version]
+        what = " and ".join(changed) or "the input of a rotated layer"
+        raise RuntimeError(
+            f"{what} changed in place between forward and backward, as by an optimizer step, a fold, a load or an "
+            "edit. Call backward() before that, or run the forward again."
+        ) from error
 
 
-def _parameters(index: Tensor | None, upper: Tensor | None, block_map: BlockMap | None) -> RotationParameters | None:
-    return None if block_map is None else RotationParameters(index, upper, block_map)
+class _Unwritten:
+    """A tensor for the backward, or nothing if it is written to in the meantime.
+
+    Held by an autograd node of its own, so that checkpointing and offloading treat it like any saved tensor, and so
+    that reading it fails alone, as for the output of a layer whose block adds to it in place (Falcon's does).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        x = x.detach()  # not the output itself, which would refer to this in a cycle
+        self._version = x._version
+        with torch.enable_grad():
+            self._node = _Hold.apply(torch.empty(0, requires_grad=True), x).grad_fn
+
+    def take(self) -> Tensor | None:
+        try:
+            (x,) = self._node.saved_tensors
+        except RuntimeError:
+            return None
+        # Checkpointing gives the tensor that the repeated forward made, and wrote to, without a check of its own.
+        return x if x._version == self._version else None
+
+
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _tangent_R(grad_y: Tensor, y: Tensor, R: PreparedSide) -> list[Tensor]:
+def _tangent_R(grad_y: Tensor, y: Tensor, R: SideBlocks) -> list[Tensor]:
     sums = block_outer_products(grad_y, y, R)
     return [torch.baddbmm(C, C, inverse) for C, inverse in zip(sums, R.inverses, strict=True)]
 
 
-def _tangent_P(grad_x: Tensor, x: Tensor, P: PreparedSide) -> list[Tensor]:
+def _tangent_P(grad_x: Tensor, x: Tensor, P: SideBlocks) -> list[Tensor]:
     sums = block_outer_products(grad_x, x, P)
     return [torch.baddbmm(C, inverse, C) for C, inverse in zip(sums, P.inverses, strict=True)]
 
 
-def block_outer_products(a: Tensor, b: Tensor, side: PreparedSide) -> list[Tensor]:
+def block_outer_products(a: Tensor, b: Tensor, side: SideBlocks) -> list[Tensor]:
     """`sum_t a_t b_t^T` over tokens, of each block's features: (num_tokens, dim) twice -> the shapes of the blocks.
 
     In the dtype of the blocks.
     """
-    slices = block_slices(side.offsets)
-    sums = [torch.zeros_like(offset) for offset in side.offsets]
-    order = side.basis.order[: slices[-1][1].stop]
+    slices = block_slices(side.deltas)
+    sums = [torch.zeros_like(delta) for delta in side.deltas]
+    order = side.ordering.order[: slices[-1][1].stop]
     chunk = _CHUNK if a.device.type == "cpu" else max(a.shape[0], 1)
     for tokens_a, tokens_b in zip(a.split(chunk), b.split(chunk), strict=True):
         gathered_a, gathered_b = tokens_a.index_select(1, order), tokens_b.index_select(1, order)
-        for i, (offset, part) in enumerate(slices):
-            left = gathered_a[:, part].unflatten(1, offset.shape[:2]).permute(1, 2, 0)
-            right = gathered_b[:, part].unflatten(1, offset.shape[:2]).transpose(0, 1)
+        for i, (delta, part) in enumerate(slices):
+            left = gathered_a[:, part].unflatten(1, delta.shape[:2]).permute(1, 2, 0)
+            right = gathered_b[:, part].unflatten(1, delta.shape[:2]).transpose(0, 1)
             if left.dtype == sums[i].dtype:
                 sums[i].baddbmm_(left, right)
             else:
@@ -182,21 +217,22 @@ def block_outer_products(a: Tensor, b: Tensor, side: PreparedSide) -> list[Tenso
     return sums
 
 
-def _weight_centric(D: Tensor, weight: Tensor, prepared: Prepared) -> tuple[list[Tensor], list[Tensor]]:
-    R, P = prepared.R, prepared.P
-    offsets_R, offsets_P = (side.offsets if side else [] for side in (R, P))
-    dtype = (*offsets_R, *offsets_P)[0].dtype
-    A = to_basis(weight, R, P).to(dtype)
-    D = to_basis(D.to(dtype), R, P)
-    B = rotate_columns(A, offsets_P)
+def _weight_centric(
+    D: Tensor, weight: Tensor, R: SideBlocks | None, P: SideBlocks | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    deltas_R, deltas_P = (side.deltas if side else [] for side in (R, P))
+    dtype = (*deltas_R, *deltas_P)[0].dtype
+    A = to_block_order(weight, R, P).to(dtype)
+    D = to_block_order(D.to(dtype), R, P)
+    B = rotate_columns(A, deltas_P)
     grads_R = [
-        D[rows].unflatten(0, offset.shape[:2]) @ B[rows].unflatten(0, offset.shape[:2]).mT
-        for offset, rows in block_slices(offsets_R)
+        D[rows].unflatten(0, delta.shape[:2]) @ B[rows].unflatten(0, delta.shape[:2]).mT
+        for delta, rows in block_slices(deltas_R)
     ]
-    D = rotate_rows(D, offsets_R, transpose=True)
+    D = rotate_rows(D, deltas_R, transpose=True)
     grads_P = [
-        A[:, columns].unflatten(1, offset.shape[:2]).permute(1, 2, 0)
-        @ D[:, columns].unflatten(1, offset.shape[:2]).transpose(0, 1)
-        for offset, columns in block_slices(offsets_P)
+        A[:, columns].unflatten(1, delta.shape[:2]).permute(1, 2, 0)
+        @ D[:, columns].unflatten(1, delta.shape[:2]).transpose(0, 1)
+        for delta, columns in block_slices(deltas_P)
     ]
     return grads_R, grads_P

@@ -1,6 +1,6 @@
 """The readable definition of a rotated linear layer, `y = R W P x + bias`. Works in any dtype, float64 included.
 
-A rotation is a pair `(index, offsets)`: `index` (k,) names the rotated features, `offsets` holds `G - I` of its
+A rotation is a pair `(index, deltas)`: `index` (k,) names the rotated features, `deltas` holds `G - I` of its
 consecutive blocks, a list of batched square matrices (num_blocks, b, b) whose sizes add up to k. All other features
 stay as they are.
 """
@@ -26,15 +26,15 @@ def rotate(x: Tensor, rotation: RotationTensors, transpose: bool = False) -> Ten
         transpose: apply the transposed blocks. `rotate(W, P, transpose=True)` is the matrix product `W P`, since it
             takes each row `w` to `w P = (P^T w)^T`.
     """
-    index, offsets = rotation
+    index, deltas = rotation
     selected = x.index_select(-1, index)
     changes = []
     start = 0
-    for offset in offsets:
-        num_blocks, b, _ = offset.shape
+    for delta in deltas:
+        num_blocks, b, _ = delta.shape
         blocks = selected.narrow(-1, start, num_blocks * b).unflatten(-1, (num_blocks, b))
         equation = "...ni,nij->...nj" if transpose else "...nj,nij->...ni"
-        changes.append(torch.einsum(equation, blocks, offset.to(x.dtype)).flatten(-2))
+        changes.append(torch.einsum(equation, blocks, delta.to(x.dtype)).flatten(-2))
         start += num_blocks * b
     return x.index_add(-1, index, torch.cat(changes, dim=-1).to(x.dtype))
 

@@ -49,9 +49,9 @@ def main():
 
 
 def _num_folds(model):
-    from poet_peft.model import poet_layers
+    from poet_peft.layer import poet_layers
 
-    return sorted({layer.num_folds("default") for _, layer in poet_layers(model)})
+    return sorted({layer.state("default").num_folds for _, layer in poet_layers(model)})
 
 
 if __name__ == "__main__":

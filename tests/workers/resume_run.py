@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
 from poet_peft import POETCallback, RotationMuon, poet_param_groups
-from poet_peft.model import poet_layers
+from poet_peft.layer import poet_layers
 
 
 NUM_STEPS, MERGE_INTERVAL, CLIP_RAMP = 9, 4, 2

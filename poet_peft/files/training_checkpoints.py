@@ -12,12 +12,18 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from .config import POETConfig
-from .errors import POETCheckpointError
+from ..config import POETConfig
+from ..errors import POETCheckpointError
 
 
+# As transformers.trainer calls them, which takes seconds to import.
+OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, TRAINER_STATE_NAME = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "trainer_state.json",
+)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WHY = "Was the process that wrote it killed, or the disk full?"
 

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .base_layers import parameter_names
-from .config import POETConfig
-from .errors import POETCheckpointError
-from .layer import POETLayer
-from .precision import join, nothing_cut_off, split
-from .quantization import CONSTANT_PARTS, overwrite
+from ..config import POETConfig
+from ..errors import POETCheckpointError
+from ..layer import POETLayer
+from ..state import AdapterState
+from ..targets import parameter_names
+from ..weights.quantized import CONSTANT_PARTS, overwrite
+from ..weights.residual import join, split, zero_residual
+from .keys import base_key, base_keys
 
 
 def check_adapter_tensors(
@@ -28,6 +30,7 @@ def check_adapter_tensors(
     Raises:
         POETCheckpointError: tensors are missing, extra or of another shape; an index is not the one of the epoch.
     """
+    _check_states(adapter_name, layers, tensors)
     _raise_if(_names(expected.keys() - tensors.keys()), "lacks tensors of the adapter", "Was it cut or edited?")
     _raise_if(_names(tensors.keys() - expected.keys()), "has tensors that the model's adapter lacks", _SAME_CONFIG)
     _check_shapes_and_kinds(tensors, expected, _SAME_CONFIG)
@@ -37,15 +40,36 @@ def check_adapter_tensors(
                 f"the adapter {adapter_name!r} is merged into {name!r}, so loading it again would not change what the "
                 "model computes. Call unmerge_adapter() first."
             )
-        seed, epoch, num_folds, _ = tensors[f"{name}.poet_schedule.{adapter_name}"].tolist()
+        state = AdapterState.of(tensors[f"{name}.poet_state.{adapter_name}"])
         for rotation in layer.rotations(adapter_name):
             index = tensors[f"{name}.poet_{rotation.side}.{adapter_name}.index"].cpu()
-            if epoch > num_folds or not torch.equal(index, rotation.draw_index(seed, epoch)):
+            redrawn = rotation.draw_index(state.seed, state.num_reinits)
+            if state.num_reinits > state.num_folds or not torch.equal(index, redrawn):
                 raise POETCheckpointError(
-                    f"the file contradicts itself: poet_{rotation.side}.index of {name!r} is not what seed {seed} and "
-                    f"epoch {epoch} give after {num_folds} folds. It was put together from several checkpoints, or "
-                    "the layer has another name in this model."
+                    f"the file contradicts itself: poet_{rotation.side}.index of {name!r} is not what seed "
+                    f"{state.seed} and {state.num_reinits} reinitialisations give after {state.num_folds} folds. It "
+                    "was put together from several checkpoints, or the layer has another name in this model."
                 )
+
+
+def _check_states(adapter_name: str, layers: dict[str, POETLayer], tensors: dict[str, Tensor]) -> None:
+    """Name the settings in which the file's adapter was trained otherwise than the model's configuration says."""
+    differences = []
+    for name, layer in layers.items():
+        tensor = tensors.get(f"{name}.poet_state.{adapter_name}")
+        if tensor is None or tensor.shape != (len(AdapterState._fields),) or tensor.is_floating_point():
+            continue
+        file, own = AdapterState.of(tensor), layer.poet_config[adapter_name]
+        now = AdapterState.at_start(
+            own.seed, own.map, {r.side: r.partition.block_size for r in layer.rotations(adapter_name)}
+        )
+        for field in ("num_terms", "adaptive_terms", "block_size_R", "block_size_P"):
+            values = getattr(file, field), getattr(now, field)
+            if values[0] != values[1]:
+                differences.append(
+                    f"{_SETTINGS[field]} of {name!r}: {values[0]} in the file, {values[1]} in the model"
+                )
+    _raise_if(differences, "was trained with other settings", _SAME_CONFIG)
 
 
 def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,10 +79,10 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
     """
     tensors = dict(tensors)
     for name, layer in layers.items():
-        base_key, residual_key = f"{name}.base_layer.weight", f"{name}.poet_residual.{adapter_name}"
+        weight_key, residual_key = base_key(name), f"{name}.poet_residual.{adapter_name}"
         if layer.quantization_backend is not None:
             continue
-        weight = tensors.get(base_key)
+        weight = tensors.get(weight_key)
         in_model = adapter_name in layer.poet_residual
         # Without a residual in the model, its key was not given the adapter's name.
         residual = tensors.pop(residual_key, None)
@@ -66,7 +90,7 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
         dtype = layer.get_base_layer().weight.dtype
         if weight is None or (residual is None and not in_model):
             continue
-        fitting = nothing_cut_off(weight)
+        fitting = zero_residual(weight)
         if residual is not None and (residual.dtype, residual.shape) != (fitting.dtype, fitting.shape):
             raise POETCheckpointError(
                 f"the adapter file is damaged: poet_residual of {name!r} is {residual.dtype} {tuple(residual.shape)}, "
@@ -76,9 +100,9 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
             tensors[residual_key] = residual
             continue
         exact = weight if residual is None else join(weight, residual)
-        tensors[base_key] = exact
+        tensors[weight_key] = exact
         if in_model:
-            tensors[base_key], tensors[residual_key] = split(exact.float(), dtype)
+            tensors[weight_key], tensors[residual_key] = split(exact.float(), dtype)
     return tensors
 
 
@@ -105,7 +129,12 @@ def load_base_tensors(
         POETCheckpointError: tensors are missing, unknown or of another shape, or the file and the configuration
             disagree on whether base weights belong in it, or another adapter would be changed.
     """
-    quantized = {key: part for name, layer in layers.items() for key, part in quantized_parts(name, layer).items()}
+    quantized = {
+        key: part
+        for name, layer in layers.items()
+        if layer.base_weight.is_quantized
+        for key, part in base_keys(name, layer).items()
+    }
     current = {**model.state_dict(), **quantized}
     _raise_if(_names(required - tensors.keys()), f"lacks base weights, which {_regime(config)} saves", _SAME_CONFIG)
     unknown = tensors.keys() - required - optional
@@ -121,8 +150,8 @@ def load_base_tensors(
                     "this model. Load it into a model that does not tie them (tie_word_embeddings=False)."
                 )
     for name, layer in layers.items():
-        others = [other for other in layer.poet_schedule if other != adapter_name]
-        keys = [key for key in required if key.startswith(f"{name}.base_layer.weight")]
+        others = [other for other in layer.poet_config if other != adapter_name]
+        keys = [key for key in required if key.startswith(base_key(name))]
         if (others or layer.merged) and not all(
             _same_bits(tensors[key].to(current[key]), current[key]) for key in keys
         ):
@@ -137,14 +166,6 @@ def load_base_tensors(
     for layer in layers.values():
         layer.base_weight_was_loaded()
     return {key: tensor for key, tensor in tensors.items() if key not in required or current[key].is_meta}
-
-
-def quantized_parts(name: str, layer: POETLayer) -> dict[str, Tensor]:
-    """The parts of a layer's quantized base weight, by their keys in a file; none if it is not quantized."""
-    if layer.quantized_format is None:
-        return {}
-    parts = layer.quantized_format.parts(layer.get_base_layer())
-    return {f"{name}.base_layer.{part}": tensor for part, tensor in parts.items()}
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
@@ -197,12 +218,19 @@ def _check_shapes_and_kinds(tensors: dict[str, Tensor], expected: dict[str, Tens
     )
 
 
+_SETTINGS = {
+    "num_terms": "num_neumann_terms (0: orthogonal_map='cayley')",
+    "adaptive_terms": "adaptive_terms",
+    "block_size_R": "block size of the output side",
+    "block_size_P": "block size of the input side",
+}
 _SAME_BASE = "Load it into the model that it was trained from."
 _SAME_CONFIG = "Load it with the adapter_config.json that was saved beside it."
 
 
 def _regime(config: POETConfig) -> str:
-    return f"merge_interval={config.merge_interval}, base_init={config.base_init!r}, train_rest={config.train_rest}"
+    settings = ("merge_interval", "base_init", "train_rest", "bias")
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in settings)
 
 
 def _names(keys: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from .base_layers import weight_as_matrix
+from .plain import weight_as_matrix
 
 
 SCHEMES = ("normalized", "xavier", "standard", "uniform_spectrum")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from cases import CASES, FULLY, for_every_case, rotated
 
-from poet_peft.primitives import BlockPartition, draw_index, partition_side
+from poet_peft.maths.blocks import BlockPartition, draw_index, partition_side
 
 
 BLOCK = "block_stochastic"
-ARGUMENTS = {"seed": 3, "module_name": "model.layers.0.mlp.up_proj", "side": "R", "epoch": 5}
+ARGUMENTS = {"seed": 3, "module_name": "model.layers.0.mlp.up_proj", "side": "R", "num_reinits": 5}
 SIDES = [
     pytest.param(case, dim, id=f"{case.name}-{dim}")
     for case in CASES
@@ -66,8 +66,8 @@ def test_same_arguments_give_the_same_index():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seed", 4), ("module_name", "model.layers.1.mlp.up_proj"), ("side", "P"), ("epoch", 6)],
-    ids=["seed", "module_name", "side", "epoch"],
+    [("seed", 4), ("module_name", "model.layers.1.mlp.up_proj"), ("side", "P"), ("num_reinits", 6)],
+    ids=["seed", "module_name", "side", "num_reinits"],
 )
 @pytest.mark.parametrize("num_rotated", [64, 16], ids=[BLOCK, FULLY])
 def test_each_argument_changes_the_index(name, value, num_rotated):

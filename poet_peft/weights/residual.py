@@ -1,4 +1,4 @@
-"""Weights that folds do not wear down: fp32's digits, kept beside a 16-bit weight."""
+"""The residual of a 16-bit weight: what rounding it left over, so that folds keep fp32's digits."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _STEPS = 2**16
 
 
 def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round fp32 values to a 16-bit dtype, and keep what the rounding cut off.
+    """Round fp32 values to a 16-bit dtype, and keep what that leaves over.
 
     Returns:
-        The rounded values, and the rest, in units of 2^-16 of the rounded value's last place: together 24 significant
-        bits in bf16 and 27 in fp16, at two bytes more a weight. The rest is an int16 tensor seen as bytes, shape
-        (..., 2 n), since neither gloo nor NCCL can send int16.
+        The rounded values, and the residual, in units of 2^-16 of the rounded value's last place: together 24
+        significant bits in bf16 and 27 in fp16, at two bytes more a weight. The residual is an int16 tensor seen as
+        bytes, shape (..., 2 n), since neither gloo nor NCCL can send int16.
     """
     rounded = value.to(dtype)
-    rest = (value - rounded.float()) / _last_place(rounded) * _STEPS
-    rest = rest.round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
-    return rounded, rest.contiguous().view(torch.uint8)
+    residual = (value - rounded.float()) / _last_place(rounded) * _STEPS
+    residual = residual.round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    return rounded, residual.contiguous().view(torch.uint8)
 
 
-def nothing_cut_off(value: Tensor) -> Tensor:
-    """The rest of values that were never rounded, shape (..., 2 n)."""
+def zero_residual(value: Tensor) -> Tensor:
+    """The residual of values that were never rounded, shape (..., 2 n)."""
     return torch.zeros(*value.shape[:-1], 2 * value.shape[-1], dtype=torch.uint8, device=value.device)
 
 
-def join(rounded: Tensor, rest: Tensor) -> Tensor:
+def join(rounded: Tensor, residual: Tensor) -> Tensor:
     """The fp32 values that `split` was given, to fp32's precision."""
-    return rounded.float() + rest.view(torch.int16).float() * (_last_place(rounded) / _STEPS)
+    return rounded.float() + residual.view(torch.int16).float() * (_last_place(rounded) / _STEPS)
 
 
 def _last_place(x: Tensor) -> Tensor:

@@ -49,16 +49,17 @@ def check_sharding(model: nn.Module) -> None:
         )
 
 
-def some_model_is_sharded() -> bool:
-    """Whether `fully_shard` (FSDP2) was applied to any module of the process.
+def check_whole(name: str, parameter: Tensor, num_entries: int) -> None:
+    """Refuse a parameter of which this process holds a part that cannot be put together.
 
-    In a forward, its gathered parameters look like any others.
+    Raises:
+        ValueError: names the module and the way out.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from torch.distributed._composable_state import _module_state_mapping
-
-    return len(_module_state_mapping) > 0
+    if not isinstance(parameter, DTensor) and (parameter.numel() != num_entries or hasattr(parameter, "ds_id")):
+        raise ValueError(
+            f"the rotations of {name!r} are spread over processes by FSDP1 or DeepSpeed ZeRO-3, which hide the "
+            "weights that are folded. Use DDP, or fully_shard (FSDP2; fsdp_version: 2 in accelerate)."
+        )
 
 
 def reshard(model: nn.Module) -> None:
@@ -68,5 +69,18 @@ def reshard(model: nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reshard_all() -> None:
+    """`reshard` for all models of the process that `fully_shard` was applied to."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        module = module() if callable(module) and not isinstance(module, nn.Module) else module
         if isinstance(module, FSDPModule):
             module.reshard()

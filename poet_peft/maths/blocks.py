@@ -1,0 +1,153 @@
+"""How the features of one side of a weight are cut into rotated blocks, and which features are in which block.
+
+Both of POET's variants are the same object: an index tensor of rotated features, cut into consecutive blocks.
+
+- block-stochastic: the index is a permutation of all features; blocks of `block_size`, and one smaller last block
+  where `block_size` does not divide the dimension.
+- fully stochastic: the index is a random subset of `block_size` features, one block; the other features stay.
+
+POET, arXiv 2506.08001, section 3.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .orthogonal import skew
+
+
+VARIANTS = ("block_stochastic", "fully_stochastic")
+Variant = Literal["block_stochastic", "fully_stochastic"]
+SideName = Literal["R", "P"]
+
+
+@dataclass(frozen=True)
+class BlockPartition:
+    """How the features of one side of a weight are cut into rotated blocks.
+
+    Args:
+        dim: number of features of the side.
+        num_rotated: how many of them are rotated (all, or `block_size` when fully stochastic).
+        block_size: size `b` of a full block.
+    """
+
+    dim: int
+    num_rotated: int
+    block_size: int
+
+    @property
+    def num_full_blocks(self) -> int:
+        return self.num_rotated // self.block_size
+
+    @property
+    def remainder(self) -> int:
+        """Size of the last block where `block_size` does not divide; 0 where it does."""
+        return self.num_rotated % self.block_size
+
+    @property
+    def num_parameters(self) -> int:
+        b, r = self.block_size, self.remainder
+        return self.num_full_blocks * (b * (b - 1) // 2) + r * (r - 1) // 2
+
+    def skew_blocks(self, upper: Tensor) -> list[Tensor]:
+        """The blocks' `Q` from their strict upper triangles, flat, shape (num_parameters,).
+
+        Returns:
+            Batches of equal blocks, in the dtype of `upper` or fp32, whichever is wider: (num_full_blocks, b, b) and,
+            with a remainder r, (1, r, r).
+        """
+        upper = upper if upper.dtype == torch.float64 else upper.float()
+        b, r = self.block_size, self.remainder
+        split = self.num_full_blocks * (b * (b - 1) // 2)
+        blocks = [skew(upper[:split].view(self.num_full_blocks, -1), b)]
+        if r:
+            blocks.append(skew(upper[split:].view(1, -1), r))
+        return blocks
+
+
+def rotated_sides(out_features: int, in_features: int) -> list[tuple[SideName, int]]:
+    """The sides of a weight (out, in) that can be rotated, with their numbers of features. One feature has no plane
+    to turn in."""
+    sides: list[tuple[SideName, int]] = [("R", out_features), ("P", in_features)]
+    return [(side, dim) for side, dim in sides if dim > 1]
+
+
+def partition_side(variant: Variant, block_size: int | float, dim: int) -> BlockPartition:
+    """Cut a side of `dim >= 2` features into blocks.
+
+    Args:
+        block_size: an int, at least 2; when fully stochastic also a fraction of `dim` in (0, 1].
+
+    Raises:
+        ValueError: fully stochastic with a block larger than the side. (Block-stochastic blocks are clipped to it.)
+    """
+    if variant == "block_stochastic":
+        return BlockPartition(dim, dim, min(int(block_size), dim))
+    if isinstance(block_size, float):
+        block_size = max(2, int(block_size * dim))
+    if block_size > dim:
+        raise ValueError(f"block_size={block_size} is larger than a side of {dim} features")
+    return BlockPartition(dim, block_size, block_size)
+
+
+def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: SideName, num_reinits: int) -> Tensor:
+    """The rotated features of one side in block order, int32, shape (num_rotated,).
+
+    A pure function of its arguments, the same on every process, platform and version: features are sorted by 64-bit
+    keys from SHAKE-256 of the arguments' text. No random number generator is read or moved.
+
+    Args:
+        num_reinits: number of reinitialisations so far.
+    """
+    text = f"poet/{seed}/{module_name}/{side}/{num_reinits}"
+    keys = np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * partition.dim), dtype="<u8")
+    order = np.argsort(keys, kind="stable")[: partition.num_rotated]
+    if partition.num_rotated < partition.dim:
+        order = np.sort(order)
+    return torch.from_numpy(order.astype(np.int32))
+
+
+class Ordering(NamedTuple):
+    """An order of a side's features in which the rotated ones come first, block by block, and the way back.
+
+    `x[order]` is in block order, and `x[order][back]` is `x`. Both have shape (dim,).
+    """
+
+    order: Tensor
+    back: Tensor
+
+
+def block_ordering(index: Tensor, dim: int) -> Ordering:
+    """The ordering that belongs to the rotated features `index` (num_rotated,) of a side of `dim` features."""
+    if index.numel() == dim:
+        order = index
+    else:
+        rotated = torch.zeros(dim, dtype=torch.bool, device=index.device).index_fill(0, index.long(), True)
+        # A stable sort of False < True keeps the others in their order, without a data-dependent shape.
+        rest = torch.argsort(rotated.to(torch.uint8), stable=True)[: dim - index.numel()]
+        order = torch.cat([index, rest.to(index.dtype)])
+    positions = torch.arange(dim, dtype=index.dtype, device=index.device)
+    return Ordering(order, torch.empty_like(order).index_copy(0, order.long(), positions))
+
+
+def block_slices(blocks: Sequence[Tensor]) -> list[tuple[Tensor, slice]]:
+    """Each batch of equal blocks (num_blocks, b, b), and where its features stand in block order."""
+    slices = []
+    start = 0
+    for batch in blocks:
+        stop = start + batch.shape[0] * batch.shape[1]
+        slices.append((batch, slice(start, stop)))
+        start = stop
+    return slices
+
+
+def num_rotated(blocks: Sequence[Tensor]) -> int:
+    """How many features the blocks rotate; those behind them in block order stay as they are."""
+    return sum(batch.shape[0] * batch.shape[1] for batch in blocks)

@@ -1,0 +1,304 @@
+r"""Maps from skew-symmetric to (nearly) orthogonal matrices. Leading dimensions are always batch.
+
+Notation: `Q` is skew-symmetric (`Q^T = -Q`), `theta = ||Q||_2` its largest singular value, `G` its image. `Q` turns
+each of its invariant planes by `2 atan(theta_i)` radians, so all of them by at most `2 atan(theta)`.
+
+Every map has a `_delta` form that returns `G - I`. It is what the layers use: near the identity `x + (G - I) x`
+keeps digits that `G x` rounds away in low precision.
+
+What layers compute with is a map as an object, `Cayley()` or `CayleyNeumann(k)`, which knows its own gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+# What is taken for rounding, in units of the dtype's eps: 1e-6 in fp32.
+_ROUNDING = 8
+# A series longer than this costs more than the solve that it would replace.
+_MOST_TERMS = 63
+
+
+def skew(upper: Tensor, n: int) -> Tensor:
+    """Skew-symmetric matrices (..., n, n) from their strict upper triangles (..., n (n - 1) / 2), row-major."""
+    if upper.shape[-1] != n * (n - 1) // 2:
+        raise ValueError(f"a skew-symmetric {n} x {n} matrix has {n * (n - 1) // 2} parameters, got {upper.shape[-1]}")
+    rows, columns = torch.triu_indices(n, n, offset=1, device=upper.device)
+    Q = upper.new_zeros(*upper.shape[:-1], n * n).index_copy(-1, rows * n + columns, upper).unflatten(-1, (n, n))
+    return Q - Q.mT
+
+
+def upper_triangle(Q: Tensor) -> Tensor:
+    """The strict upper triangles (..., n (n - 1) / 2), row-major, of matrices (..., n, n): the inverse of `skew`."""
+    n = Q.shape[-1]
+    rows, columns = torch.triu_indices(n, n, offset=1, device=Q.device)
+    return Q.flatten(-2).index_select(-1, rows * n + columns)
+
+
+def orthogonalize(Q: Tensor, num_steps: int = 5) -> Tensor:
+    """`Q` with its singular values brought to about 1, within 0.68 and 1.21, by a Newton-Schulz iteration of order 5.
+
+    A skew-symmetric `Q` stays skew-symmetric: all of its planes then turn by about the same angle. Singular values
+    below about 1e-3 of the Frobenius norm need more steps, and a matrix of zeros stays zero. The coefficients are
+    those of Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon).
+
+    Args:
+        Q: shape (..., n, n).
+    """
+    tiny = torch.finfo(Q.dtype).tiny
+    X = Q / Q.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # or the squares of a norm could underflow
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(tiny)
+    for _ in range(num_steps):
+        gram = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
+    return X
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """The Cayley map `(I + Q) (I - Q)^-1`: orthogonal for `Q` of any size, to rounding of about `eps (1 + theta)`.
+
+    Args:
+        Q: skew-symmetric, shape (..., n, n).
+    """
+    return _add_identity(cayley_delta(Q))
+
+
+def cayley_delta(Q: Tensor) -> Tensor:
+    """`cayley(Q) - I = 2 Q (I - Q)^-1`, shape (..., n, n)."""
+    # Q and (I - Q)^-1 commute, so the solve from the left is the product from the right.
+    # Without a check of the result: what is not finite is for the caller to see.
+    return torch.linalg.solve_ex(_add_identity(-Q), 2 * Q)[0]
+
+
+def cayley_neumann(Q: Tensor, num_terms: int = 3) -> Tensor:
+    """The Cayley map with its inverse cut to a Neumann series: `(I + Q) (I + Q + ... + Q^k)`, `k = num_terms`.
+
+    Not exactly orthogonal: `G = (I - Q^(k+1)) cayley(Q)`, so for `theta < 1` the singular values of `G` lie within
+    `theta^(k+1)` of 1. For odd `k` the orthogonal matrix next to `G` is `cayley(Q)`. POET, arXiv 2506.08001, sec. 3.3.
+
+    Args:
+        Q: skew-symmetric, shape (..., n, n).
+        num_terms: `k >= 1`, the highest power of the series; 3 in the paper.
+    """
+    return _add_identity(cayley_neumann_delta(Q, num_terms))
+
+
+def cayley_neumann_delta(Q: Tensor, num_terms: int = 3) -> Tensor:
+    """`cayley_neumann(Q, num_terms) - I = 2 Q + ... + 2 Q^k + Q^(k+1)`, shape (..., n, n)."""
+    if num_terms < 1:
+        raise ValueError(f"num_terms must be at least 1, got {num_terms}")
+    Q2 = Q @ Q
+    if num_terms == 1:
+        return 2 * Q + Q2
+    if num_terms == 3:
+        return 2 * Q + 2 * Q2 + Q2 @ (2 * Q + Q2)
+    if (num_terms + 1) & num_terms == 0:
+        # k = 2^j - 1: (I + Q)^2 (I + Q^2) (I + Q^4) ... (I + Q^((k+1)/2)), two products for each doubling.
+        delta, power, exponent = 2 * Q + Q2, Q2, 2
+        while exponent < num_terms:
+            delta = delta + power + delta @ power
+            exponent *= 2
+            if exponent < num_terms:
+                power = power @ power
+        return delta
+    inner = 2 * Q + Q2
+    for _ in range(num_terms - 1):
+        inner = 2 * Q + Q @ inner
+    return inner
+
+
+def cayley_vjp(delta: Tensor, grad: Tensor) -> Tensor:
+    """The gradient by the strict upper triangles of `Q` from that by `G = cayley(Q)`: (..., n (n - 1) / 2).
+
+    `dL/dQ = 2 K^T (dL/dG) K^T` with `K = (I - Q)^-1 = I + (G - I) / 2`: no solve.
+
+    Args:
+        delta: `G - I`, shape (..., n, n).
+        grad: `dL/dG`, shape (..., n, n).
+    """
+    K = _add_identity(delta / 2)
+    return _skew_gradient(2 * (K.mT @ grad @ K.mT))
+
+
+def cayley_neumann_vjp(Q: Tensor, grad: Tensor, num_terms: int = 3) -> Tensor:
+    """The gradient by the strict upper triangles of `Q` from that by `G = cayley_neumann(Q, num_terms)`.
+
+    Four products for `num_terms = 3`, one for 1: powers of a skew-symmetric matrix are their own transposes up to
+    sign, and of `S Q + Q S` with a symmetric `S` only one half has to be computed.
+
+    Args:
+        Q: skew-symmetric, shape (batch, n, n).
+        grad: `dL/dG`, shape (batch, n, n).
+
+    Returns:
+        shape (batch, n (n - 1) / 2).
+    """
+    if num_terms == 1:
+        return _skew_gradient(torch.baddbmm(grad, grad + grad.mT, Q, beta=2, alpha=-1))
+    if num_terms == 3:
+        Q2 = Q @ Q
+        inner = Q2 @ grad
+        through_Q2 = torch.baddbmm(inner, grad, Q2 - 2 * Q).add_(grad, alpha=2)
+        inner += grad
+        return _skew_gradient(torch.baddbmm(inner, through_Q2 + through_Q2.mT, Q, beta=2, alpha=-1))
+    # The recurrence inner_k = 2 Q + Q inner_(k-1), inner_0 = Q, backwards.
+    inners = [Q]
+    for _ in range(num_terms):
+        inners.append(2 * Q + Q @ inners[-1])
+    direct = torch.zeros_like(Q)
+    for inner in reversed(inners[:-1]):
+        direct = direct + 2 * grad + grad @ inner.mT
+        grad = -(Q @ grad)
+    return _skew_gradient(direct + grad)
+
+
+def _skew_gradient(grad: Tensor) -> Tensor:
+    """The gradient by the strict upper triangle of a skew-symmetric matrix from that by all its entries."""
+    n = grad.shape[-1]
+    rows, columns = torch.triu_indices(n, n, offset=1, device=grad.device, dtype=torch.int32)
+    flat = grad.flatten(-2)
+    return flat.index_select(-1, rows * n + columns) - flat.index_select(-1, columns * n + rows)
+
+
+def inverse_transpose_delta(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """`G^-T - I` of a nearly orthogonal `G`, from `G - I`, and a bound of its error over the batch.
+
+    `G^-T = G (I + E)^-1` with `E = G^T G - I`, and the inverse as its Neumann series to `E^3`: the error is about
+    `||E||_2^4 <= ||E^2||_F^2`. Shapes (batch, n, n) and ().
+    """
+    E = torch.baddbmm(delta + delta.mT, delta.mT, delta)
+    E2 = E @ E
+    series = torch.baddbmm(E2 - E, E2, E, alpha=-1)
+    error = E2.square().sum((-2, -1)).amax()
+    return torch.baddbmm(series, delta, series).add_(delta), error
+
+
+def _add_identity(X: Tensor) -> Tensor:
+    return X + torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+
+
+def cayley_by_series(Q: Tensor, num_terms: int = 3) -> Tensor:
+    """`cayley(Q) - I` to rounding, by the Cayley-Neumann series with as many terms as that takes. Differentiable.
+
+    `G_k = (I - Q^(k+1)) cayley(Q)`, so `||Q^(k+1)||_F` bounds what a series of `k` terms misses. It is known from the
+    powers of the doubling `G_(2k+1) = G_k + G_k Q^(k+1)`. Small rotations stay with the first two products; matrices
+    that no series of 63 terms reaches, with `theta` above about 0.75, are solved for. The number of terms is one for
+    the whole batch.
+
+    Args:
+        Q: skew-symmetric, shape (num_blocks, n, n).
+        num_terms: the smallest number of terms; counted up to the next `2^j - 1`.
+    """
+    if torch.compiler.is_compiling() or (Q.requires_grad and torch.is_grad_enabled()):
+        return _cayley_by_series_op(Q, num_terms)
+    return _cayley_by_series(Q, num_terms)
+
+
+def _cayley_by_series(Q: Tensor, num_terms: int) -> Tensor:
+    tolerance = _ROUNDING * torch.finfo(Q.dtype).eps
+    power = Q @ Q
+    delta = 2 * Q + power
+    missed = _squared_norm(power).sqrt()
+    terms = 1
+    while terms < num_terms or not bool((missed <= tolerance).all()):
+        if terms >= max(_MOST_TERMS, num_terms):
+            unreached = (~(missed <= tolerance)).nonzero().squeeze(-1)
+            delta[unreached] = cayley_delta(Q[unreached])
+            break
+        if terms > 1:
+            power = power @ power
+        delta = delta + power + delta @ power
+        terms = 2 * terms + 1
+        missed = _squared_norm(power)
+    return delta
+
+
+def _squared_norm(X: Tensor) -> Tensor:
+    return X.square().sum((-2, -1))
+
+
+# The number of terms depends on the values, which torch.compile cannot trace: it sees one operator.
+@torch.library.custom_op("poet_peft::cayley_by_series", mutates_args=(), schema="(Tensor Q, int num_terms) -> Tensor")
+def _cayley_by_series_op(Q: Tensor, num_terms: int) -> Tensor:
+    return _cayley_by_series(Q, num_terms)
+
+
+@_cayley_by_series_op.register_fake
+def _(Q: Tensor, num_terms: int) -> Tensor:
+    return torch.empty_like(Q)
+
+
+def _keep_delta(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output)
+
+
+def _cayley_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    (delta,) = ctx.saved_tensors
+    K = _add_identity(delta / 2)
+    return 2 * (K.mT @ grad @ K.mT), None
+
+
+_cayley_by_series_op.register_autograd(_cayley_backward, setup_context=_keep_delta)
+
+
+@dataclass(frozen=True)
+class Cayley:
+    """The Cayley map `G = (I + Q)(I - Q)^-1`, exactly orthogonal for `Q` of any size."""
+
+    def delta(self, Q: Tensor) -> Tensor:
+        """`G - I`, shape (num_blocks, n, n)."""
+        return cayley_delta(Q)
+
+    def vjp(self, Q: Tensor, delta: Tensor, grad: Tensor) -> Tensor:
+        """The gradient by the strict upper triangles of `Q`, (num_blocks, n (n - 1) / 2), from `grad = dL/dG`."""
+        return cayley_vjp(delta, grad)
+
+    def inverse_transpose(self, delta: Tensor) -> Tensor | None:
+        """`G^-T - I`; None where no cheap inverse is near enough. May wait for the device, to look at how near."""
+        return delta
+
+    def fold_delta(self, Q: Tensor, delta: Tensor) -> Tensor:
+        """`G - I` to fold into a weight: of the orthogonal matrix next to `G`, wherever no output notices."""
+        return delta
+
+
+@dataclass(frozen=True)
+class CayleyNeumann:
+    """The Cayley map by its Neumann series, `G_k = (I + Q)(I + Q + ... + Q^k)`; POET, arXiv 2506.08001, section 3.3.
+
+    Args:
+        num_terms: `k`.
+        adaptive: more terms wherever `k` would miss orthogonality by more than rounding, see `cayley_by_series`. `G`
+            then is `cayley(Q)` to rounding. False: exactly `k` terms, as in the paper; singular values of `G` then
+            lie within `theta^(k+1)` of 1.
+    """
+
+    num_terms: int = 3
+    adaptive: bool = True
+
+    def delta(self, Q: Tensor) -> Tensor:
+        return cayley_by_series(Q, self.num_terms) if self.adaptive else cayley_neumann_delta(Q, self.num_terms)
+
+    def vjp(self, Q: Tensor, delta: Tensor, grad: Tensor) -> Tensor:
+        return cayley_vjp(delta, grad) if self.adaptive else cayley_neumann_vjp(Q, grad, self.num_terms)
+
+    def inverse_transpose(self, delta: Tensor) -> Tensor | None:
+        if self.adaptive:
+            return delta
+        inverse, error = inverse_transpose_delta(delta)
+        # The error of a gradient's own sums in fp32.
+        return inverse if bool(error < 80 * torch.finfo(delta.dtype).eps) else None
+
+    def fold_delta(self, Q: Tensor, delta: Tensor) -> Tensor:
+        if self.adaptive or self.num_terms % 2 == 0:
+            return delta
+        nearest = cayley_by_series(Q, self.num_terms)
+        largest_miss = (delta - nearest).square().sum((-2, -1)).amax().sqrt()
+        return nearest if bool(largest_miss <= _ROUNDING * torch.finfo(Q.dtype).eps) else delta
+
+
+OrthogonalMap = Cayley | CayleyNeumann

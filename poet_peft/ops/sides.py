@@ -1,0 +1,165 @@
+"""One side's rotation as the compute paths take it, and the blocks that follow from its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..maths.blocks import BlockPartition, Ordering, block_ordering, block_slices, num_rotated
+from ..maths.orthogonal import OrthogonalMap
+
+
+class SideBlocks(NamedTuple):
+    """What follows from the parameters of a side: lists of batched matrices, see `BlockPartition.skew_blocks`.
+
+    Args:
+        ordering: in which blocks are consecutive.
+        Q: the skew-symmetric blocks.
+        deltas: `G - I`.
+        inverses: `G^-T - I`; None where they were not asked for, or no cheap inverse is near enough.
+    """
+
+    ordering: Ordering
+    Q: list[Tensor]
+    deltas: list[Tensor]
+    inverses: list[Tensor] | None
+
+    def vjp(self, orthogonal_map: OrthogonalMap, grads: Sequence[Tensor]) -> Tensor:
+        """The gradient by the flat parameters, (partition.num_parameters,), from `dL/dG` of the blocks."""
+        blocks = zip(self.Q, self.deltas, grads, strict=True)
+        return torch.cat([orthogonal_map.vjp(Q, delta, grad.to(delta.dtype)).flatten() for Q, delta, grad in blocks])
+
+
+class Side(NamedTuple):
+    """The rotation of one side by its parameters.
+
+    Args:
+        index: rotated features in block order, int32, shape (partition.num_rotated,).
+        upper: strict upper triangles of the blocks' `Q`, flat, shape (partition.num_parameters,).
+        partition: how `upper` is cut into blocks.
+        orthogonal_map: from `Q` to `G`.
+        kept: where its blocks are kept; None computes them at every call.
+    """
+
+    index: Tensor
+    upper: Tensor
+    partition: BlockPartition
+    orthogonal_map: OrthogonalMap
+    kept: KeptBlocks | None = None
+
+    def deltas(self) -> list[Tensor]:
+        """`G - I` of the blocks, differentiable with respect to `upper`.
+
+        In the dtype of the parameters, fp32 at least, whatever autocast says: under bf16 autocast the orthogonality
+        error would grow from 2e-7 to 4e-4.
+        """
+        with torch.autocast(device_type=self.upper.device.type, enabled=False):
+            return [self.orthogonal_map.delta(Q) for Q in self.partition.skew_blocks(self.upper)]
+
+    def blocks(self, with_inverses: bool = False) -> SideBlocks:
+        """All blocks, without a gradient."""
+        if self.kept is None or self.upper.is_meta or torch.compiler.is_compiling():
+            return self._compute(with_inverses)
+        return self.kept.blocks(self, with_inverses)
+
+    @torch.no_grad()
+    def _compute(self, with_inverses: bool) -> SideBlocks:
+        with torch.autocast(device_type=self.upper.device.type, enabled=False):
+            Q = self.partition.skew_blocks(self.upper)
+            deltas = [self.orthogonal_map.delta(block) for block in Q]
+            blocks = SideBlocks(block_ordering(self.index, self.partition.dim), Q, deltas, None)
+            return self._with_inverses(blocks) if with_inverses else blocks
+
+    def _with_inverses(self, blocks: SideBlocks) -> SideBlocks:
+        inverses = [self.orthogonal_map.inverse_transpose(delta) for delta in blocks.deltas]
+        return blocks._replace(inverses=None if any(inverse is None for inverse in inverses) else inverses)
+
+
+class KeptBlocks:
+    """The blocks of one rotation, kept for as long as its `upper` and `index` equal those they were computed from.
+
+    Equal in every entry: they are compared at each use, with copies, so that no way of changing them goes unnoticed.
+    Micro-batches of an optimizer step and tokens of a generation share the blocks; nothing that depends on the weight
+    is kept. Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._values: tuple[Tensor, Tensor, SideBlocks, bool] | None = None
+
+    def blocks(self, side: Side, with_inverses: bool) -> SideBlocks:
+        # One local name throughout: another thread may exchange it at any time.
+        values = self._values
+        if values is not None and _equal(values[0], side.upper) and _equal(values[1], side.index):
+            upper, index, blocks, has_inverses = values
+            if has_inverses or not with_inverses:
+                return blocks
+        else:
+            self._values = None  # frees the memory before it is needed again
+            upper, index, blocks = None, None, None
+        # A tensor made in inference mode could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            if blocks is None:
+                upper, index = side.upper.detach().clone(), side.index.clone()
+                blocks = side._replace(upper=upper, index=index)._compute(with_inverses)
+            else:
+                blocks = side._with_inverses(blocks)
+        self._values = upper, index, blocks, with_inverses
+        return blocks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptBlocks:
+        return KeptBlocks()
+
+    def __reduce__(self) -> tuple[type[KeptBlocks], tuple[()]]:
+        return KeptBlocks, ()
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.device == y.device and x.dtype == y.dtype and torch.equal(x, y)
+
+
+@torch.no_grad()
+def effective_weight(weight: Tensor, R: SideBlocks | None, P: SideBlocks | None) -> Tensor:
+    """`R W P` of a weight (out, in), in its dtype: computed in that of the blocks, and rounded once."""
+    with torch.autocast(device_type=weight.device.type, enabled=False):
+        matrix = to_block_order(weight, R, P)
+        if P is not None:
+            matrix = rotate_columns(matrix.to(P.deltas[0].dtype), P.deltas)
+        if R is not None:
+            matrix = rotate_rows(matrix.to(R.deltas[0].dtype), R.deltas)
+        matrix = matrix.to(weight.dtype)
+    if P is not None:
+        matrix = matrix.index_select(1, P.ordering.back)
+    return matrix if R is None else matrix.index_select(0, R.ordering.back)
+
+
+def to_block_order(matrix: Tensor, R: SideBlocks | None, P: SideBlocks | None) -> Tensor:
+    """Rows and columns in the order in which blocks are consecutive."""
+    if R is not None:
+        matrix = matrix.index_select(0, R.ordering.order)
+    return matrix if P is None else matrix.index_select(1, P.ordering.order)
+
+
+def rotate_rows(matrix: Tensor, deltas: Sequence[Tensor], transpose: bool = False) -> Tensor:
+    """`G X` of a matrix (rows, columns) whose first rows are the blocks' features."""
+    parts = []
+    for delta, part in block_slices(deltas):
+        rows = matrix[part].unflatten(0, delta.shape[:2])
+        parts.append(torch.baddbmm(rows, delta.mT if transpose else delta, rows).flatten(0, 1))
+    return _joined(parts, matrix[num_rotated(deltas) :], dim=0)
+
+
+def rotate_columns(matrix: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """`X G` of a matrix (rows, columns) whose first columns are the blocks' features."""
+    parts = []
+    for delta, part in block_slices(deltas):
+        columns = matrix[:, part].unflatten(1, delta.shape[:2]).transpose(0, 1)
+        parts.append(torch.baddbmm(columns, columns, delta).transpose(0, 1).flatten(1))
+    return _joined(parts, matrix[:, num_rotated(deltas) :], dim=1)
+
+
+def _joined(parts: list[Tensor], rest: Tensor, dim: int) -> Tensor:
+    parts = [*parts, rest] if rest.numel() or not parts else parts
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -1,0 +1,94 @@
+"""One base weight as a matrix (out, in), however its layer keeps it: what reads and writes it, and what refuses to."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+
+class BaseWeight:
+    """The weight of one base layer.
+
+    Attributes:
+        is_quantized: whether writing a matrix quantizes it.
+    """
+
+    is_quantized = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors that the weight is made of, by their names in the layer. Writing to them changes it."""
+        raise NotImplementedError
+
+    def write_parts(self, parts: dict[str, Tensor]) -> None:
+        """Give the layer the weight that consists of these parts, in place."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        """The weight (out, in) as a forward pass sees it, whole, in fp32 or wider."""
+        raise NotImplementedError
+
+    def read_exact(self, residual: Tensor | None) -> Tensor:
+        """`read` with the residual that rounding a 16-bit weight left over, see `residual.split`."""
+        return self.read()
+
+    def write(self, matrix: Tensor, residual: Tensor | None = None) -> None:
+        """Write a whole matrix (out, in), in place.
+
+        Args:
+            residual: receives what rounding to 16 bits leaves over.
+        """
+        raise NotImplementedError
+
+    @property
+    def range_dtype(self) -> torch.dtype:
+        """The dtype whose range limits what can be stored."""
+        raise NotImplementedError
+
+    def is_storable(self, matrix: Tensor) -> bool:
+        """Whether all entries are finite, also once they are stored."""
+        return bool(torch.isfinite(matrix.to(self.range_dtype)).all())
+
+    def check_readable(self, name: str) -> None:
+        """Refuse a layer whose weight cannot be read, or written, truthfully.
+
+        Raises:
+            ValueError: names the module, what is in the way, and the way out.
+        """
+
+
+class UnreadableWeight(BaseWeight):
+    """A quantized weight that its library can multiply by, and nothing else."""
+
+    is_quantized = True
+
+    def __init__(self, layer: nn.Module, library: str) -> None:
+        super().__init__(layer)
+        self.library = library
+
+    def parts(self) -> dict[str, Tensor]:
+        return {}
+
+    def check_readable(self, name: str) -> None:
+        raise ValueError(
+            f"{name!r} is quantized by {self.library}, which cannot take merged weights. Keep the adapter beside the "
+            "base, or load it over an unquantized copy of the base and merge there."
+        )
+
+
+def base_weight_of(layer: nn.Module, backend: QuantizationBackend | None) -> BaseWeight:
+    """The weight of a base layer.
+
+    Args:
+        layer: of a kind that `check_supported` lets through.
+        backend: what PEFT recognises the layer's quantization as; None if it is not quantized.
+    """
+    from .plain import PlainWeight
+    from .quantized import quantized_weight
+
+    if backend is None:
+        return PlainWeight(layer)
+    return quantized_weight(layer, backend) or UnreadableWeight(layer, backend.backend_name)
