@@ -141,7 +141,7 @@ def corpus(name=None, config=None, streaming=False):
     rows = read_rows(name, config, streaming=streaming)
     if "text" not in next(iter(rows)):
         raise SystemExit(f"{name} has no column `text`, but {sorted(next(iter(rows)))}")
-    num_held_out = 5000 if streaming else len(rows) // 20
+    num_held_out = 5000 if streaming else max(1, len(rows) // 20)
     return rows.skip(num_held_out), rows.take(num_held_out)
 
 

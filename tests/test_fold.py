@@ -27,8 +27,8 @@ from cases import (
 )
 
 from poet_peft import POETConfig, POETFoldError, merge_and_reinitialize
-from poet_peft.weights.residual import join, split
 from poet_peft.maths.blocks import draw_index, partition_side
+from poet_peft.weights.residual import join, split
 
 
 # Largest relative change of the output: rounding of the folded weight.

@@ -209,7 +209,9 @@ def test_log_history_has_each_fold_at_its_own_step(tmp_path):
     model = wrap(llama(), "periodic", merge_interval=4)
     trainer = trainer_of(model, tmp_path, POETCallback(), logging_steps=3)
     trainer.train()
-    logged = {entry["step"]: entry["poet/num_reinits"] for entry in trainer.state.log_history if "poet/num_reinits" in entry}
+    logged = {
+        entry["step"]: entry["poet/num_reinits"] for entry in trainer.state.log_history if "poet/num_reinits" in entry
+    }
     assert logged == {4: 1, 8: 2}
 
 
