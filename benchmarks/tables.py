@@ -1,7 +1,7 @@
-"""Writes what the READMEs say about results, and the plots, from benchmarks/results/.
+"""Writes what README.md, docs/ and benchmarks/README.md say about results, and the plots, from benchmarks/results/.
 
 python -m benchmarks.tables --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
-python -m benchmarks.tables                       # rewrite README.md, benchmarks/README.md and benchmarks/plots/
+python -m benchmarks.tables                       # rewrite the pages and benchmarks/plots/
 python -m benchmarks.tables --check               # fail if one of them is not what the results say
 """
 
@@ -16,6 +16,7 @@ from benchmarks.report import (
     finetune,
     layer,
     model,
+    performance,
     plots,
     pretrain,
     requantization,
@@ -53,14 +54,17 @@ def filled_in(text, sections):
 
 
 def pages(benchmarks):
-    """The text that each README should have, by path."""
+    """The text that each page should have, by path."""
+    root = BENCHMARKS.parent
     texts = {
-        BENCHMARKS.parent / "README.md": {
+        root / "README.md": {"summary": finetune.summary()},
+        root / "docs" / "results.md": {
             "finetune": finetune.section(),
             "results": pretrain.section(),
             "adapter-sizes": adapter_sizes.section(),
             "requantization": requantization.section(),
         },
+        root / "docs" / "performance.md": {"performance": performance.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
         | {"breakdown": breakdown.section()},
     }

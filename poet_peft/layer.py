@@ -26,6 +26,7 @@ from .state import AdapterState
 from .weights.base import BaseWeight, base_weight_of
 from .weights.plain import features, is_plain, weight_as_matrix
 from .weights.residual import LOW_PRECISION, zero_residual
+from .weights.sharded import keep_replicas_equal, mesh_of
 
 
 # In the order of their making, which is the same in every process: folds of sharded weights are collective.
@@ -100,6 +101,7 @@ class POETLayer(BaseTunerLayer):
                 seed=config.seed,
                 keeps_blocks=not config.memory_efficient,
             )
+            rotation.mesh = mesh_of(getattr(self.get_base_layer(), "weight", None))
             if not config.init_weights:
                 nn.init.normal_(rotation.weight, std=0.1 / partition.block_size**0.5)
             block_sizes[side] = partition.block_size
@@ -196,6 +198,10 @@ class POETLayer(BaseTunerLayer):
 
     def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = self._active_here()
+        if torch.is_grad_enabled():
+            for rotation in itertools.chain.from_iterable(map(self.rotations, adapters)):
+                if rotation.mesh is not None:
+                    keep_replicas_equal(rotation.weight, rotation.mesh)
         R, P = self.sides(adapters)
         if self.quantization_backend is not None or not is_plain(self.base_layer):
             return self._rotate_around(x, R, P, *args, **kwargs)
@@ -407,6 +413,7 @@ class Linear(nn.Module, POETLayer):
         super().__init__()
         POETLayer.__init__(self, base_layer, module_name, **kwargs)
         self._active_adapter = adapter_name
+        self.train(base_layer.training)
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -593,9 +593,20 @@ def test_different_values_for_a_tied_weight_are_refused(edited):
 @pytest.mark.parametrize(
     ("regime", "config", "named"),
     [
-        ("block_stochastic", {"block_size": 8}, r"layers\.0\..*poet_P.*weight"),
-        ("block_stochastic", {"block_size": 32}, r"layers\.0\..*poet_P.*weight"),
+        (
+            "block_stochastic",
+            {"block_size": 8},
+            r"block size of the output side, 16 in the file and 8 in the model \(.*layers\.0",
+        ),
+        (
+            "block_stochastic",
+            {"block_size": 32},
+            r"block size of the output side, 16 in the file and 32 in the model \(.*layers\.0",
+        ),
         ("block_stochastic", {"variant": "fully_stochastic"}, r"layers\.0\..*poet_P.*index"),
+        ("block_stochastic", {"num_neumann_terms": 5}, "num_neumann_terms.*3 in the file and 5 in the model"),
+        ("block_stochastic", {"adaptive_terms": False}, "adaptive_terms, 1 in the file and 0 in the model"),
+        ("exact_cayley", {"orthogonal_map": "cayley_neumann"}, "orthogonal_map.*0 in the file and 3 in the model"),
         ("block_stochastic", {"target_modules": ["q_proj"]}, r"layers\.0\.mlp\.down_proj"),
         ("block_stochastic", {"merge_interval": 4}, r"layers\.0\.mlp\.down_proj\.base_layer"),
         ("block_stochastic", {"train_rest": True}, "lm_head"),

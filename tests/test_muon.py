@@ -34,7 +34,7 @@ def angles(model):
     return [
         2 * torch.linalg.svdvals(Q)[:, : Q.shape[-1] // 2 * 2].double().atan()
         for rotation in rotations(model)
-        for Q in rotation.skew_blocks()
+        for Q in rotation().blocks().Q
     ]
 
 

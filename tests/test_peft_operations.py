@@ -762,7 +762,13 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(regime, use_re
         loss.backward()
         return {"loss": loss, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
 
-    assert_same_state(loss_and_gradients(True), loss_and_gradients(False))
+    checkpointed, plain = loss_and_gradients(True), loss_and_gradients(False)
+    if use_reentrant:  # its first forward runs without gradients, where another path may be the cheaper one
+        assert checkpointed.keys() == plain.keys()
+        for name in plain:
+            assert_close(checkpointed[name], plain[name], rtol=1e-4)
+    else:
+        assert_same_state(checkpointed, plain)
 
 
 @pytest.mark.parametrize(("layers", "rotated"), [(0, {"0"}), ([0], {"0"}), ([1], {"1"}), ([0, 1], {"0", "1"})])

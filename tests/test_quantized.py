@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import poet_peft.base_layers
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
@@ -25,7 +26,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import LlamaForCausalLM
 
-import poet_peft.base_layers
 import poet_peft.layer
 import poet_peft.targets
 from poet_peft import POETConfig

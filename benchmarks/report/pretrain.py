@@ -1,4 +1,4 @@
-"""Runs of benchmarks/pretrain.py: the results section of the main README."""
+"""Runs of benchmarks/pretrain.py: the results section of docs/results.md."""
 
 import json
 import statistics
@@ -77,7 +77,7 @@ def table(runs):
 
 
 def section():
-    """The results section of the main README."""
+    """The results section of docs/results.md."""
     final, tuning = runs_by_setting("pretrain"), runs_by_setting("tuning")
     first = next(iter(final.values()))[0]
     settings = first["settings"]

@@ -54,22 +54,20 @@ def check_adapter_tensors(
 
 def _check_states(adapter_name: str, layers: dict[str, POETLayer], tensors: dict[str, Tensor]) -> None:
     """Name the settings in which the file's adapter was trained otherwise than the model's configuration says."""
-    differences = []
+    differences: dict[str, list[str]] = {}
     for name, layer in layers.items():
         tensor = tensors.get(f"{name}.poet_state.{adapter_name}")
         if tensor is None or tensor.shape != (len(AdapterState._fields),) or tensor.is_floating_point():
             continue
-        file, own = AdapterState.of(tensor), layer.poet_config[adapter_name]
-        now = AdapterState.at_start(
-            own.seed, own.map, {r.side: r.partition.block_size for r in layer.rotations(adapter_name)}
-        )
-        for field in ("num_terms", "adaptive_terms", "block_size_R", "block_size_P"):
-            values = getattr(file, field), getattr(now, field)
-            if values[0] != values[1]:
-                differences.append(
-                    f"{_SETTINGS[field]} of {name!r}: {values[0]} in the file, {values[1]} in the model"
-                )
-    _raise_if(differences, "was trained with other settings", _SAME_CONFIG)
+        config = layer.poet_config[adapter_name]
+        block_sizes = {rotation.side: rotation.partition.block_size for rotation in layer.rotations(adapter_name)}
+        file, own = AdapterState.of(tensor), AdapterState.at_start(config.seed, config.map, block_sizes)
+        for field, setting in _SETTINGS.items():
+            if getattr(file, field) != getattr(own, field):
+                what = f"{setting}, {getattr(file, field)} in the file and {getattr(own, field)} in the model"
+                differences.setdefault(what, []).append(name)
+    problems = [f"{what} ({names[0]!r} and {len(names) - 1} more)" for what, names in differences.items()]
+    _raise_if(problems, "was trained with other settings", _SAME_CONFIG)
 
 
 def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +158,7 @@ def load_base_tensors(
                 f"the file holds a base weight of {name!r} that differs from the model's, on which {what} are built. "
                 "Load it into a model of its own."
             )
-    for key in required:
+    for key in sorted(required):  # the order must be the same in every process: a write may be a collective
         if not current[key].is_meta:
             overwrite(current[key], tensors[key])
     for layer in layers.values():

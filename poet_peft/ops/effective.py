@@ -14,35 +14,46 @@ blocks are consecutive:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..maths.blocks import block_slices
-from .sides import Side, SideBlocks, effective_weight, rotate_columns, rotate_rows, to_block_order
+from ..maths.blocks import BlockPartition, block_slices
+from ..maths.orthogonal import OrthogonalMap
+from .sides import KeptBlocks, Side, SideBlocks, effective_weight, rotate_columns, rotate_rows, to_block_order
 
 
 # Gathered tokens of a chunk stay in a core's cache between gather and product.
 _CHUNK = 512
 
 
-class _Plan(NamedTuple):
-    """How one call is computed."""
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is computed, beside its tensors. A map is None where nothing rotates."""
 
-    R: Side | None
-    P: Side | None
+    partition_R: BlockPartition | None
+    map_R: OrthogonalMap | None
+    kept_R: KeptBlocks | None
+    partition_P: BlockPartition | None
+    map_P: OrthogonalMap | None
+    kept_P: KeptBlocks | None
     tangent: bool
     memory_efficient: bool
 
-    def blocks(self, tensors: Sequence[Tensor | None]) -> tuple[SideBlocks | None, SideBlocks | None]:
-        """Both sides' blocks, from `(upper_R, index_R, upper_P, index_P)`."""
-        upper_R, index_R, upper_P, index_P = tensors
-        R = self.R and self.R._replace(upper=upper_R, index=index_R).blocks(self.tangent)
-        P = self.P and self.P._replace(upper=upper_P, index=index_P).blocks(self.tangent)
-        return R, P
+
+def _blocks(plan: _Plan, tensors: Sequence[Tensor | None]) -> tuple[SideBlocks | None, SideBlocks | None]:
+    """Both sides' blocks, from `(upper_R, index_R, upper_P, index_P)`."""
+    upper_R, index_R, upper_P, index_P = tensors
+    R = P = None
+    if plan.map_R is not None:
+        R = Side(index_R, upper_R, plan.partition_R, plan.map_R, plan.kept_R).blocks(plan.tangent)
+    if plan.map_P is not None:
+        P = Side(index_P, upper_P, plan.partition_P, plan.map_P, plan.kept_P).blocks(plan.tangent)
+    return R, P
 
 
 def effective_linear(
@@ -63,8 +74,10 @@ def effective_linear(
         tangent: use the tangent rule if the blocks are near enough to orthogonal, else the weight-centric one.
         memory_efficient: keep no second copy of the weight between forward and backward, but build it twice.
     """
-    tensors = [tensor for side in (R, P) for tensor in ((side.upper, side.index) if side else (None, None))]
-    return _EffectiveLinear.apply(x, weight, bias, *tensors, _Plan(R, P, tangent, memory_efficient))
+    index_R, upper_R, *settings_R = R or (None,) * 5
+    index_P, upper_P, *settings_P = P or (None,) * 5
+    plan = _Plan(*settings_R, *settings_P, tangent, memory_efficient)
+    return _EffectiveLinear.apply(x, weight, bias, upper_R, index_R, upper_P, index_P, plan)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -81,15 +94,18 @@ class _EffectiveLinear(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         tensors = (upper_R, index_R, upper_P, index_P)
-        R, P = blocks = plan.blocks(tensors)
+        R, P = blocks = _blocks(plan, tensors)
         effective = effective_weight(weight, R, P)
         y = F.linear(x, effective)
         has_inverses = all(side is None or side.inverses is not None for side in blocks)
         ctx.tangent = plan.tangent and has_inverses and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
-        ctx.plan, ctx.weight = plan, weight
-        ctx.versions = [tensor._version for tensor in _named_tensors(ctx).values()]
+        ctx.plan = plan
+        if not torch.compiler.is_compiling():
+            ctx.parameters = {"the base weight": weight, "the rotation R": upper_R, "the rotation P": upper_P}
+            ctx.versions = {name: x._version for name, x in ctx.parameters.items() if x is not None}
         ctx.blocks = None if plan.memory_efficient else blocks
-        ctx.output = _Unwritten(y) if ctx.tangent else None
+        if ctx.tangent:
+            ctx.output = _Unwritten(y)
         ctx.save_for_backward(x, weight, *tensors, None if plan.memory_efficient else effective)
         return y if bias is None else y + bias.to(y.dtype)
 
@@ -102,12 +118,14 @@ class _EffectiveLinear(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *tensors, effective = _saved_tensors(ctx)
-    R, P = ctx.plan.blocks(tensors) if ctx.blocks is None else ctx.blocks
+    R, P = _blocks(ctx.plan, tensors) if ctx.blocks is None else ctx.blocks
     if effective is None:
         effective = effective_weight(weight, R, P)
-    y = ctx.output.take() if ctx.output is not None else None
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.output = None  # its memory is needed by the layers below
+    y = None
+    if ctx.tangent:
+        y = ctx.output and ctx.output.take()
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.output = None  # its memory is needed by the layers below
 
     needs_x, _, needs_bias, needs_R, _, needs_P = ctx.needs_input_grad[:6]
     grad_x = grad_bias = grad_R = grad_P = None
@@ -122,16 +140,10 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     elif needs_R or needs_P:
         blocks_R, blocks_P = _weight_centric(tokens_y.mT @ tokens_x, weight, R, P)
     if needs_R:
-        grad_R = R.vjp(ctx.plan.R.orthogonal_map, blocks_R).to(tensors[0].dtype)
+        grad_R = R.vjp(ctx.plan.map_R, blocks_R).to(tensors[0].dtype)
     if needs_P:
-        grad_P = P.vjp(ctx.plan.P.orthogonal_map, blocks_P).to(tensors[2].dtype)
+        grad_P = P.vjp(ctx.plan.map_P, blocks_P).to(tensors[2].dtype)
     return grad_x.to(x.dtype) if needs_x else None, None, grad_bias, grad_R, None, grad_P, None, None
-
-
-def _named_tensors(ctx: Any) -> dict[str, Tensor]:
-    """The tensors that outlive a call, by what an error calls them."""
-    sides = {f"the rotation {name}": side.upper for name, side in (("R", ctx.plan.R), ("P", ctx.plan.P)) if side}
-    return {"the base weight": ctx.weight, **sides}
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
@@ -140,8 +152,7 @@ def _saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        now = _named_tensors(ctx)
-        changed = [name for version, (name, x) in zip(ctx.versions, now.items(), strict=True) if x._version != version]
+        changed = [name for name, version in ctx.versions.items() if ctx.parameters[name]._version != version]
         what = " and ".join(changed) or "the input of a rotated layer"
         raise RuntimeError(
             f"{what} changed in place between forward and backward, as by an optimizer step, a fold, a load or an "

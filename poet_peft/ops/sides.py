@@ -61,13 +61,12 @@ class Side(NamedTuple):
 
     def blocks(self, with_inverses: bool = False) -> SideBlocks:
         """All blocks, without a gradient."""
-        if self.kept is None or self.upper.is_meta or torch.compiler.is_compiling():
+        if self.kept is None or self.upper.is_meta:
             return self._compute(with_inverses)
         return self.kept.blocks(self, with_inverses)
 
-    @torch.no_grad()
     def _compute(self, with_inverses: bool) -> SideBlocks:
-        with torch.autocast(device_type=self.upper.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device_type=self.upper.device.type, enabled=False):
             Q = self.partition.skew_blocks(self.upper)
             deltas = [self.orthogonal_map.delta(block) for block in Q]
             blocks = SideBlocks(block_ordering(self.index, self.partition.dim), Q, deltas, None)

@@ -1,0 +1,133 @@
+"""A pytest plugin: collects PEFT's tests for POET alone, and records what came of them.
+
+Every table of PEFT's tests that has a row about OFT gets that row for POET instead (see twins.py), and whatever is not
+about POET is deselected. Nothing of PEFT's files is changed.
+"""
+
+import functools
+import importlib.machinery
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import poet_peft
+
+from .twins import methods, poet_arguments, twins
+
+
+def pytest_addoption(parser):
+    parser.addoption("--outcomes", help="JSON file for the outcome of every test")
+
+
+def pytest_configure(config):
+    _stand_in_for_diffusers()
+    config.pluginmanager.register(_Outcomes(config.getoption("--outcomes")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Replace the tables before pytest reads them."""
+    original = metafunc.parametrize
+
+    @functools.wraps(original)
+    def parametrize(argnames, argvalues, *args, ids=None, **kwargs):
+        argvalues = [
+            value.values if hasattr(value, "values") and hasattr(value, "marks") else value for value in argvalues
+        ]
+        names = None if ids is None or callable(ids) else list(ids)
+        replaced = twins(argvalues, names)
+        if replaced is not None:
+            argvalues, ids = replaced
+        elif names is not None:
+            ids = names
+        return original(argnames, argvalues, *args, ids=ids, **kwargs)
+
+    metafunc.parametrize = parametrize
+
+
+def pytest_collection_modifyitems(config, items):
+    kept, left_out = [], []
+    for item in items:
+        (kept if _is_about_poet(item) else left_out).append(item)
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def _without_skips_for_other_methods(request, monkeypatch):
+    """POET rotates transformers' Conv1D and needs no biases: what skips other methods for them must not skip POET."""
+    shared = sys.modules.get(f"{request.module.__package__}.testing_common")
+    for module in filter(None, (request.module, shared)):
+        for name in ("_skip_if_conv1d_not_supported", "_skip_if_not_conv1d_supported", "check_beft_config"):
+            monkeypatch.setattr(module, name, lambda *arguments: None, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _poet_in_place_of_oft(request, monkeypatch):
+    """Tests that name OFT in their own body get POET under that name, and its two sides where OFT has one."""
+    if not _names_oft(request.node):
+        return
+    monkeypatch.setattr(
+        request.module, "OFTConfig", lambda **arguments: poet_peft.POETConfig(**poet_arguments(arguments))
+    )
+    check = request.cls.check_requires_grad
+
+    def check_both_sides(self, model, *names):
+        both = [name.replace("oft_R", side) for name in names for side in ("poet_R", "poet_P")]
+        check(self, model, *both)
+
+    monkeypatch.setattr(request.cls, "check_requires_grad", check_both_sides)
+
+
+def _is_about_poet(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return poet_peft.POETConfig in methods(parameters) or _names_oft(item)
+
+
+def _names_oft(item):
+    """Whether the body of a test without a table makes OFT's configuration itself."""
+    if hasattr(item, "callspec") and methods(item.callspec.params):
+        return False
+    return "OFTConfig" in item.function.__code__.co_names and hasattr(item.cls, "check_requires_grad")
+
+
+def _stand_in_for_diffusers():
+    """PEFT's shared tester imports diffusers to tell its pipelines from models. No pipeline is tested here."""
+    if importlib.util.find_spec("diffusers") is None:
+        module = types.ModuleType("diffusers")
+        module.__spec__ = importlib.machinery.ModuleSpec("diffusers", loader=None)
+        module.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
+        sys.modules["diffusers"] = module
+
+
+class _Outcomes:
+    """The outcome of every test, written to a JSON file when the run ends: {test: [outcome, error or reason]}."""
+
+    def __init__(self, path):
+        self.path, self.outcomes = path, {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.passed and report.when != "call":
+            return
+        message = ""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash else str(report.longrepr)
+        elif report.skipped:
+            message = report.longrepr[2].removeprefix("Skipped: ")
+        test = report.nodeid.partition("::")[2]
+        if self.outcomes.get(test, ["passed"])[0] == "passed":
+            self.outcomes[test] = [report.outcome, message]
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.outcomes[f"collecting {report.nodeid}"] = ["failed", str(report.longrepr)]
+
+    def pytest_sessionfinish(self):
+        if self.path:
+            Path(self.path).write_text(json.dumps(self.outcomes, indent=1))
