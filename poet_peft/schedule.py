@@ -2,8 +2,8 @@
 
 `follow_optimizers` sets the hook once for the process. After a step of an optimizer that holds rotations, their layers
 count it in the adapter's state, which is saved and loaded with the adapter, and folds that are due happen. A step that
-a gradient scaler skipped, or in which no rotation had a gradient, is not counted. Where several optimizers share the rotations of a layer, a step is complete
-when each of its trainable rotations was stepped once.
+a gradient scaler skipped, or in which no rotation had a gradient, is not counted. Where several optimizers share the
+rotations of a layer, a step is complete when each of its trainable rotations was stepped once.
 """
 
 from __future__ import annotations
