@@ -6,6 +6,7 @@ out, instead of being given another one: a reference for DPO or GRPO would be wr
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from .errors import POETReferenceError
@@ -47,17 +48,28 @@ def check_can_be_disabled(layer: POETLayer) -> None:
         POETReferenceError: names the module and the ways out.
     """
     check_original_available(layer, "disable_adapter")
-    folds_ahead = layer.training and any(
+    folds_ahead = layer.poet_initial_weight is None and any(
         layer.is_periodic(name) and rotation.weight.requires_grad
         for name in layer.poet_config
         for rotation in layer.rotations(name)
     )
-    if folds_ahead and layer.poet_initial_weight is None:
+    if folds_ahead and _is_in_a_training_step():
         raise POETReferenceError(
-            f"disable_adapter gives the original model only until the first fold, and {layer.module_name!r} is in "
-            f"training mode with merge_interval > 0. Ways out: POETConfig(keep_initial_weights=True), {_SEPARATE_COPY}"
-            ", merge_interval=0, or model.eval() if no training follows."
+            f"disable_adapter gives the original model only until the first fold, and {layer.module_name!r} is being "
+            "trained with folds (merge_interval > 0). Ways out: POETConfig(keep_initial_weights=True), "
+            f"{_SEPARATE_COPY}, or merge_interval=0."
         )
+
+
+def _is_in_a_training_step() -> bool:
+    """Whether a Trainer is calling. A flag that it sets would outlive a run that is interrupted."""
+    trainer = sys.modules.get("transformers.trainer")
+    frame = sys._getframe() if trainer is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "training_step" and isinstance(frame.f_locals.get("self"), trainer.Trainer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_deletable(layer: POETLayer, adapter_name: str) -> None:

@@ -24,7 +24,7 @@ from .errors import POETFoldError
 from .fold import FoldItem, MergeReport, check_can_fold, check_foldable, fold
 from .layer import POETLayer, living_layers
 from .rotation import Rotation
-from .weights.sharded import check_checkpoints_hold_folds, check_whole, reshard_all
+from .weights.sharded import check_checkpoints_hold_folds, check_whole, full, reshard_all
 
 
 # Over so many steps rotations grow far beyond what one step adds, so that one which came back is told from a new one.
@@ -75,7 +75,7 @@ def take_report(optimizer: torch.optim.Optimizer) -> MergeReport | None:
 @torch._dynamo.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     layers = living_layers()
-    if not layers or _was_skipped(optimizer):
+    if not layers or _was_skipped(optimizer) or _only_made_state(optimizer):
         return
     reshard_all()
     # A step without any gradient moves nothing, as the one that Trainer adds to a finished run.
@@ -105,6 +105,17 @@ def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a gradient scaler found infinities and left the skipping to the optimizer, as fused ones do it."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step only served to make the optimizer's state.
+
+    `torch.distributed.checkpoint` takes such a step before it loads a state: with learning rates and gradients of 0.
+    """
+    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return not any(bool(full(parameter.grad.any())) for parameter in parameters if parameter.grad is not None)
 
 
 def _trainable(layer: POETLayer, adapter: str) -> list[Rotation]:

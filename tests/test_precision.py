@@ -40,11 +40,11 @@ def drift(dtype, compensated_folds=True):
     """Largest relative change of any singular value in 1,000 folds that turn by about 0.04 radians each."""
     case = Case("drift", 48, 32, block_size=16, dtype=dtype)
     model, layer = rotated(case, merge_interval=1, compensated_folds=compensated_folds)
-    before = torch.linalg.svdvals(layer._exact_matrix().double())
+    before = torch.linalg.svdvals(layer.base_weight.read_exact(layer.residual).double())
     for fold in range(NUM_FOLDS):
         randomize(model, 0.02, seed=100 + 2 * fold)
         merge_and_reinitialize(model)
-    after = torch.linalg.svdvals(layer._exact_matrix().double())
+    after = torch.linalg.svdvals(layer.base_weight.read_exact(layer.residual).double())
     return float((after / before - 1).abs().max())
 
 
@@ -106,7 +106,7 @@ def folded(dtype, **overrides):
 
 def exact(model):
     """The rotated layers' weights with all their digits, by name."""
-    return {name: layer._exact_matrix() for name, layer in poet_layers(model)}
+    return {name: layer.base_weight.read_exact(layer.residual) for name, layer in poet_layers(model)}
 
 
 def loaded(directory, dtype, **kwargs):
@@ -222,13 +222,13 @@ CASE = {"regime": "periodic", "train_rest": True, "dropout": 0.0, "save_strategy
 
 
 class Spoil(TrainerCallback):
-    """Puts a number into a rotation after a step."""
+    """Puts a number into a rotation before a step."""
 
     def __init__(self, value, at):
         self.value, self.at = value, at
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, model, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step + 1 == self.at:
             layer = dict(poet_layers(model))[SPOILT]
             layer.poet_P["default"].weight[3] = self.value

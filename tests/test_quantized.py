@@ -251,7 +251,7 @@ def test_safe_merge_refuses_nan_and_changes_nothing(name):
     first = next(iter(rotated_layers(model).values()))
     with torch.no_grad():
         first.poet_R["default"].weight[0] = torch.nan
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights of 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights.*'model.layers.0.self_attn.q_proj'"):
         model.merge_adapter(safe_merge=True)
     assert_same(parts(model), before)
 
