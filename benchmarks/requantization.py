@@ -1,6 +1,6 @@
 """What folding into a quantized weight costs: the error that each of 20 folds adds, and how it adds up.
 
-    python benchmarks/requantization.py --out benchmarks/results/requantization.json
+    python -m benchmarks.requantization --out benchmarks/results/requantization.json
 
 One 256 x 256 weight is quantized, rotated at random and folded, again and again. Beside it, in fp64, the weight that
 the same folds give without requantizing. Errors are Frobenius norms of the difference over the norm of that weight, as

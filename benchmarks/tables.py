@@ -1,8 +1,8 @@
-"""Writes what the READMEs say about results, and the plots, from benchmarks/results/.
+"""Writes what README.md, docs/ and benchmarks/README.md say about results, and the plots, from benchmarks/results/.
 
-python benchmarks/tables.py --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
-python benchmarks/tables.py                       # rewrite README.md, benchmarks/README.md and benchmarks/plots/
-python benchmarks/tables.py --check               # fail if one of them is not what the results say
+python -m benchmarks.tables --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
+python -m benchmarks.tables                       # rewrite the pages and benchmarks/plots/
+python -m benchmarks.tables --check               # fail if one of them is not what the results say
 """
 
 import json
@@ -10,7 +10,18 @@ import re
 import sys
 from pathlib import Path
 
-from report import adapter_sizes, breakdown, finetune, layer, model, plots, pretrain, requantization, scaling
+from benchmarks.report import (
+    adapter_sizes,
+    breakdown,
+    finetune,
+    layer,
+    model,
+    performance,
+    plots,
+    pretrain,
+    requantization,
+    scaling,
+)
 
 
 BENCHMARKS = Path(__file__).parent
@@ -43,14 +54,17 @@ def filled_in(text, sections):
 
 
 def pages(benchmarks):
-    """The text that each README should have, by path."""
+    """The text that each page should have, by path."""
+    root = BENCHMARKS.parent
     texts = {
-        BENCHMARKS.parent / "README.md": {
+        root / "README.md": {"summary": finetune.summary()},
+        root / "docs" / "results.md": {
             "finetune": finetune.section(),
             "results": pretrain.section(),
             "adapter-sizes": adapter_sizes.section(),
             "requantization": requantization.section(),
         },
+        root / "docs" / "performance.md": {"performance": performance.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
         | {"breakdown": breakdown.section()},
     }

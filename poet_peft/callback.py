@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
 from .schedule import take_report
-from .weights.sharded import check_sharding
+from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
 
 
 class POETCallback(TrainerCallback):
@@ -78,6 +78,7 @@ class POETCallback(TrainerCallback):
         for layer, adapter in periodic:
             check_foldable(layer, adapter)
         if periodic:
+            check_checkpoints_hold_folds()
             check_can_fold(optimizer, [r.weight for layer, adapter in periodic for r in layer.rotations(adapter)])
             interval = min(layer.poet_config[adapter].merge_interval for layer, adapter in periodic)
             self._merge_interval = interval
@@ -90,10 +91,17 @@ class POETCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            # transformers makes one more step when it resumes a finished run.
+            warnings.warn(
+                f"the run was finished already, after {state.global_step} of {state.max_steps} steps: the model is "
+                "left as it is. To train on, raise max_steps."
+            )
+            model.zero_grad(set_to_none=True)
+            return
         fraction = min(self._clip_fraction(layer, adapter) for layer, adapter in _trained_adapters(model))
         if fraction < 1 and args.max_grad_norm:
-            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, fraction * args.max_grad_norm)
+            clip_grad_norm(model.parameters(), fraction * args.max_grad_norm)
 
     def on_step_end(
         self,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
 from .maths.blocks import VARIANTS
 from .maths.orthogonal import Cayley, CayleyNeumann, OrthogonalMap
-from .registration import ensure_peft_type, owns_name
+from .registration import check_owns_name, ensure_peft_type
 from .weights.initial import SCHEMES
 
 
 _MAPS = ("cayley_neumann", "cayley")
 _BIASES = ("none", "all", "poet_only")
+_FILE_FORMAT = 1  # of adapter_config.json and of the tensors beside it
 
 
 @dataclass
@@ -71,6 +78,14 @@ class POETConfig(PeftConfig):
         modules_to_save: further modules to train in full and save, such as a classification head.
         bias: biases that train: "none", "all", or "poet_only" (those of the rotated layers). Biases are not rotated.
         block_size_pattern: `block_size` for layers whose name matches a key, as in PEFT's `rank_pattern`.
+        file_format: not to be set: `save_pretrained` writes it, and only a configuration that is read from such a file
+            has it, see `is_from_file`. It is no field: `to_dict` and `dataclasses.replace` leave it out.
+
+    NumPy's integers, floats and booleans are taken for Python's.
+
+    Raises:
+        ValueError: a value that is unknown, out of range or of another type, or settings that contradict each other.
+            Names the setting and its value.
     """
 
     variant: Literal["block_stochastic", "fully_stochastic"] = field(
@@ -134,6 +149,7 @@ class POETConfig(PeftConfig):
     block_size_pattern: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "block_size for layers whose name matches a key"}
     )
+    file_format: InitVar[int | None] = None
 
     @classmethod
     def for_pretraining(cls, **overrides: Any) -> POETConfig:
@@ -152,11 +168,6 @@ class POETConfig(PeftConfig):
     def changes_base_weights(self) -> bool:
         """Whether the targeted weights differ from the base model's, so that a checkpoint has to hold them."""
         return self.merge_interval > 0 or self.base_init is not None
-
-    @property
-    def is_from_file(self) -> bool:
-        """Whether the configuration was read from the file of a saved adapter."""
-        return self._is_from_file
 
     @property
     def map(self) -> OrthogonalMap:
@@ -183,14 +194,24 @@ class POETConfig(PeftConfig):
         key = get_pattern_key(self.block_size_pattern.keys(), module_name)
         return self.block_size_pattern.get(key, self.block_size)
 
-    def __post_init__(self) -> None:
-        # PEFT fills the version in here; one that is already there was read from a file.
-        self._is_from_file = self.peft_version is not None
+    @property
+    def is_from_file(self) -> bool:
+        """Whether `from_pretrained` read this configuration from what `save_pretrained` wrote, so that an adapter's
+        weights come with it. A configuration that was made from another one, by `dataclasses.replace` or from
+        `to_dict`, is a new one."""
+        return self._is_from_file
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        values = {**json.loads(path.read_text("utf-8")), "file_format": _FILE_FORMAT}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
+
+    def __post_init__(self, file_format: int | None) -> None:
         super().__post_init__()
-        if not owns_name():
-            raise RuntimeError(
-                "PEFT has its own method called POET, so poet_peft is not registered: use PEFT's configuration class."
-            )
+        check_owns_name()
+        _check_file_format(file_format)
+        self._is_from_file = file_format is not None
         self.peft_type = ensure_peft_type()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -202,15 +223,22 @@ class POETConfig(PeftConfig):
         _check_choice("bias", self.bias, _BIASES)
         if self.base_init is not None:
             _check_choice("base_init", self.base_init, SCHEMES)
-        _check_block_size("block_size", self.block_size, self.variant)
-        for pattern, block_size in self.block_size_pattern.items():
-            _check_block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
-        _check_integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
-        _check_integer("merge_interval", self.merge_interval, minimum=0)
-        if not isinstance(self.max_drift, int | float) or not self.max_drift > 0:
-            raise ValueError(f"max_drift={self.max_drift!r} must be a positive number, such as 0.01.")
-        _check_integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        self.block_size = _block_size("block_size", self.block_size, self.variant)
+        if not isinstance(self.block_size_pattern, dict):
+            raise ValueError(f"block_size_pattern={self.block_size_pattern!r} must be a dict {{name: block size}}.")
+        self.block_size_pattern = {
+            pattern: _block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
+            for pattern, block_size in self.block_size_pattern.items()
+        }
+        self.num_neumann_terms = _integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
+        self.merge_interval = _integer("merge_interval", self.merge_interval, minimum=0)
+        self.max_drift = _positive("max_drift", self.max_drift)
+        self.seed = _integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        self.layers_to_transform = _layer_indexes(self.layers_to_transform)
         self._check_reinit_interval()
+        for name, annotation in POETConfig.__annotations__.items():
+            if annotation == "bool":
+                setattr(self, name, _boolean(name, getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} is given without layers_to_transform; pass both, or neither."
@@ -233,7 +261,7 @@ class POETConfig(PeftConfig):
     def _check_reinit_interval(self) -> None:
         if self.reinit_interval is None:
             return
-        _check_integer("reinit_interval", self.reinit_interval, minimum=0)
+        self.reinit_interval = _integer("reinit_interval", self.reinit_interval, minimum=0)
         if self.merge_interval == 0 or self.reinit_interval % self.merge_interval:
             raise ValueError(
                 f"reinit_interval={self.reinit_interval} must be a multiple of merge_interval={self.merge_interval}, "
@@ -246,18 +274,57 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def _check_file_format(file_format: Any) -> None:
+    if file_format is None:
+        return
+    if isinstance(file_format, bool) or not isinstance(file_format, int) or file_format < 1:
+        raise ValueError(f"file_format={file_format!r} is none that save_pretrained writes; leave it out.")
+    if file_format > _FILE_FORMAT:
+        raise ValueError(
+            f"file_format={file_format} is of a newer poet_peft, this one reads up to {_FILE_FORMAT}; install a newer "
+            "poet_peft."
+        )
+
+
+def _integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
     if maximum is not None and value > maximum:
         raise ValueError(f"{name}={value!r} must be at most {maximum}.")
+    return int(value)
 
 
-def _check_block_size(name: str, value: Any, variant: str) -> None:
-    if isinstance(value, float):
-        if variant != "fully_stochastic":
-            raise ValueError(f"{name}={value!r}: a fraction needs variant='fully_stochastic'; pass an integer.")
-        if not 0 < value <= 1:
-            raise ValueError(f"{name}={value!r}: a fraction of the dimension must lie in (0, 1].")
-    elif isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 2 (a block of 1 cannot rotate).")
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{name}={value!r} must be a positive number.")
+    return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+    return bool(value)
+
+
+def _block_size(name: str, value: Any, variant: str) -> int | float:
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_integer and value >= 2:
+        return int(value)
+    is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
+    if variant == "fully_stochastic":
+        if is_fraction and 0 < value <= 1:
+            return float(value)
+        raise ValueError(
+            f"{name}={value!r} must be an integer of at least 2 (features in a block, of which 1 cannot rotate), or a "
+            "float in (0, 1] (a fraction of each dimension)."
+        )
+    hint = "; fractions of a dimension need variant='fully_stochastic'" if is_fraction else ""
+    raise ValueError(f"{name}={value!r} must be an integer of at least 2 (a block of 1 cannot rotate){hint}.")
+
+
+def _layer_indexes(value: Any) -> list[int] | int | None:
+    if value is None:
+        return None
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_integer(f"layers_to_transform[{i}]", index, minimum=0) for i, index in enumerate(value)]
+    return _integer("layers_to_transform", value, minimum=0)

@@ -19,7 +19,7 @@ from .errors import POETFoldError
 from .layer import POETLayer, poet_layers
 from .ops import reference
 from .rotation import Rotation
-from .weights.sharded import check_sharding, reshard
+from .weights.sharded import check_checkpoints_hold_folds, check_sharding, reshard
 
 
 _NUM_PROBES = 8
@@ -104,6 +104,7 @@ def merge_and_reinitialize(
     if not items:
         raise ValueError("the model has no POET layer to fold: wrap it first, get_peft_model(model, POETConfig(...)).")
     check_sharding(model)
+    check_checkpoints_hold_folds()
     reshard(model)
     if optimizer is not None:
         check_can_fold(optimizer, [rotation.weight for item in items for rotation in item.rotations])

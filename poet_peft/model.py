@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,10 +23,11 @@ from .config import POETConfig
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import Linear, POETLayer, poet_layers
-from .targets import check_supported, check_targets, warn_of_unreached_weights
+from .original import check_can_be_disabled, check_deletable, check_original_available
+from .targets import check_supported, check_targets, leave_out, warn_of_unreached_weights
 from .weights.initial import draw_weight
 from .weights.plain import features, weight_as_matrix
-from .weights.sharded import reshard
+from .weights.sharded import check_gathered_in_forward, reshard
 from .workarounds import clear_leftover_gguf_flags, keep_exact
 
 
@@ -53,34 +55,52 @@ class POETModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         keep_exact(model)
+        reshard(model)
+        config = self.peft_config[adapter_name]
+        requested = config.target_modules
+        targets = self._settle_targets(model, config)
         if kwargs.get("state_dict") is None:
-            self._check_targets(model, self.peft_config[adapter_name])
+            check_gathered_in_forward(model, targets)
+            quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
+            check_targets(model, config, targets, **quantization_kwargs)
+            warn_of_unreached_weights(model, requested)
         clear_leftover_gguf_flags(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _check_targets(self, model: nn.Module, config: POETConfig) -> None:
-        """All refusals and warnings about the targeted layers, before the model is touched."""
+    def _settle_targets(self, model: nn.Module, config: POETConfig) -> list[tuple[str, nn.Module]]:
+        """Names and modules of the targeted layers.
+
+        Where PEFT would choose them and some are left out, `config` then names the others one by one, so that what is
+        injected next, and what a saved adapter is loaded into, are the same layers.
+        """
         requested = config.target_modules
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         config = _maybe_include_all_linear_layers(config, model)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = [
             (name, module)
             for name, module in model.named_modules()
-            if name and self._check_target_module_exists(config, name)
+            if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
         ]
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        targets = [(name, module) for name, module in targets if not name.startswith(inside)]
-
-        quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
-        check_targets(model, config, targets, **quantization_kwargs)
-        warn_of_unreached_weights(model, requested)
+        kept = leave_out(model, config, requested, targets)
+        if len(kept) == len(targets):
+            return targets
+        config.target_modules = {name for name, _ in kept}
+        # A name also stands for longer ones that end in it.
+        left_out = {name for name, _ in targets} - config.target_modules
+        matched = {name for name in left_out if self._check_target_module_exists(config, name)}
+        if matched and isinstance(config.exclude_modules, str):
+            config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, sorted(matched))])
+        elif matched:
+            config.exclude_modules = {*(config.exclude_modules or ()), *matched}
+        return kept
 
     def _check_new_adapter_config(self, config: POETConfig) -> None:
         super()._check_new_adapter_config(config)
         if len(self.peft_config) < 2:
             return
         for name, other in self.peft_config.items():
-            if other.train_rest:
+            if isinstance(other, POETConfig) and other.train_rest:
                 raise ValueError(
                     f"the adapter {name!r} has train_rest=True, which changes parameters that every adapter of the "
                     "model depends on: it cannot be combined with others. Train it in a model of its own."
@@ -177,12 +197,12 @@ class POETModel(BaseTuner):
 
     def disable_adapter_layers(self) -> None:
         for _, layer in poet_layers(self.model):
-            layer.check_can_be_disabled()
+            check_can_be_disabled(layer)
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         for _, layer in poet_layers(self.model):
-            layer.check_deletable(adapter_name)
+            check_deletable(layer, adapter_name)
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
@@ -193,7 +213,7 @@ class POETModel(BaseTuner):
         """
         layers = [layer for _, layer in poet_layers(self.model)]
         for layer in layers:
-            layer.check_original_available("unload")
+            check_original_available(layer, "unload")
         for layer in layers:
             if layer.merged:
                 layer.unmerge()

@@ -1,56 +1,33 @@
 """Model cards, filled from the `metrics.json` that a run wrote about itself. Nothing in them is typed by hand.
 
-`metrics.json` is one JSON object. Keys beyond these may be there and are not read.
-
-Required:
-    method: "poet". Cards are for runs of this package's method only.
-    task: "text-generation" or "text-classification", as the Hub calls them.
-    base_model: name on the Hub (or path) of the pretrained model; null if the weights were random.
-    data: what it was trained on, as a *data object*: `name` and `source` (a sentence: where it comes from and what was
-        done to it), and where they exist `id` (of the data set on the Hub), `config`, `split`.
-    config: the `POETConfig`, as `json_config(config)` gives it (what `adapter_config.json` holds).
-    settings: hyperparameters under the names of `TrainingArguments` and of the example's flags, such as
-        `learning_rate`, `poet_lr`, `max_steps`. The card shows those in `HYPERPARAMETERS` that are not null.
-    parameters: `model` and `trained`, counts.
-    versions: of `torch`, `transformers`, `peft` and `poet_peft`; more are welcome.
-    evaluation: list of results, each with `metric` (the Hub's identifier, such as "perplexity"), `name` (to print),
-        `value`, `data` (a data object), and where they exist `size` (such as "65,536 tokens") and `before` (the same
-        metric of the model before this training).
-
-Required for text-classification:
-    labels: names of the classes, in the order of their indexes.
-
-Optional; the card says "not measured" where one of these is missing, null or NaN:
-    train_tokens, train_seconds, peak_memory_mb (of the process, or of the accelerator), hardware (`hardware()`),
-    adapter_bytes (size of `adapter_model.safetensors`; not for merged models).
-
-Optional:
-    example_input: text that the card's snippet feeds to the model.
-    limits: list of sentences about this run that its reader must know, such as how short it was.
+What `metrics.json` holds is described in `poet_peft.metrics`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .config import POETConfig
+from .metrics import check_metrics
+
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-from .config import POETConfig
 
-
+# How to get this package: in the README, the documentation and every card of an adapter.
+INSTALL = "run `pip install .` in a checkout of poet-peft's repository; it is not on PyPI yet"
 KINDS = ("adapter", "merged")
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -93,38 +70,11 @@ METHOD_SETTINGS = (
     "bias",
     "seed",
 )
-_REQUIRED = {
-    "method": 'write "poet"',
-    "task": f"write one of {', '.join(map(repr, AUTO_CLASSES))}",
-    "base_model": "write the name of the pretrained model, or null if the weights were random",
-    "data": "write an object with the name and the source of the training data",
-    "data.name": "write what the training data is called",
-    "data.source": "write a sentence that says where the training data comes from",
-    "config": "write json_config(config) of the POETConfig",
-    "settings": "write the hyperparameters, such as learning_rate",
-    "parameters": "write the counts 'model' and 'trained'",
-    "parameters.model": "write the number of the model's parameters",
-    "parameters.trained": "write the number of parameters that trained",
-    "versions": "write the versions of torch, transformers, peft and poet_peft",
-    "versions.torch": "write torch.__version__",
-    "versions.transformers": "write transformers.__version__",
-    "versions.peft": "write peft.__version__",
-    "versions.poet_peft": "write poet_peft.__version__",
-    "evaluation": "write a list of results; one that was not evaluated cannot have a card",
-}
-_REQUIRED_OF_RESULTS = {
-    "metric": "write the Hub's identifier of the metric",
-    "name": "write the metric's name as it is to be printed",
-    "value": "write what was measured",
-    "data": "write an object with the name and the source of the evaluation data",
-    "data.name": "write what the evaluation data is called",
-    "data.source": "write a sentence that says where the evaluation data comes from",
-}
 
 
 def create_model_card(
     metrics: Mapping[str, Any],
-    repo_id: str,
+    repo_id: str | os.PathLike[str],
     kind: Literal["adapter", "merged"],
     license: str | None = None,
     language: str | list[str] | None = None,
@@ -136,7 +86,8 @@ def create_model_card(
     PEFT's `save_pretrained` keeps the text of a card that it finds, but replaces its tags.
 
     Args:
-        metrics: what the run wrote to `metrics.json`; see this module's docstring.
+        metrics: what the run wrote to `metrics.json`; see `poet_peft.metrics`. Its texts are shown as they are:
+            Markdown and HTML in them have no effect, and line breaks are spaces.
         repo_id: where the model will be, "user/name" on the Hub or a local directory. The snippet loads it from there.
         kind: "adapter" for what `PeftModel.save_pretrained` writes; "merged" for a plain transformers model, such as
             `merge_and_unload()` gives, which needs neither PEFT nor this package.
@@ -144,10 +95,13 @@ def create_model_card(
         language: ISO code or codes of the training text. None leaves it unstated.
 
     Raises:
+        TypeError: `metrics` is no mapping.
         ValueError: a required key of `metrics` is missing or has a value that no card can be made of. Says which one
             and what belongs there.
     """
-    _check(metrics, kind)
+    check_metrics(metrics)
+    _check_place(repo_id, kind, metrics)
+    repo_id = os.fspath(repo_id)
     name = repo_id.rstrip("/").rsplit("/", 1)[-1]
     task, data = metrics["task"], metrics["data"]
     card_data = ModelCardData(
@@ -166,12 +120,15 @@ def create_model_card(
         template_str=_template(),
         name=name,
         kind=kind,
+        install=INSTALL,
         metrics=metrics,
         snippet=_snippet(metrics, repo_id, kind),
         measured=_measured(metrics, kind),
         hyperparameters=_hyperparameters(metrics["settings"]),
         method_settings=_shown(metrics["config"], METHOD_SETTINGS),
         number=_number,
+        text=_text,
+        code=_code,
     )
 
 
@@ -210,30 +167,13 @@ def _template() -> str:
     return (Path(__file__).parents[1] / "model_cards" / "template.md").read_text("utf-8")
 
 
-def _check(metrics: Mapping[str, Any], kind: str) -> None:
+def _check_place(repo_id: Any, kind: Any, metrics: Mapping[str, Any]) -> None:
+    if not isinstance(repo_id, str | os.PathLike) or not os.fspath(repo_id).strip("/. "):
+        raise ValueError(
+            f"repo_id={repo_id!r} does not name a model; pass 'user/name' on the Hub, or the directory that holds it."
+        )
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(map(repr, KINDS))}.")
-    if metrics.get("method", "poet") != "poet":
-        raise ValueError(
-            f"metrics.json is of a run with method={metrics['method']!r}: cards are made for 'poet' only. Write the "
-            "card of another method by hand."
-        )
-    _require(metrics, _REQUIRED, "")
-    if metrics["task"] not in AUTO_CLASSES:
-        raise ValueError(f"metrics.json: task={metrics['task']!r} is unknown; {_REQUIRED['task']}.")
-    if metrics["config"].get("peft_type") != "POET":
-        raise ValueError(
-            f"metrics.json: config is of peft_type={metrics['config'].get('peft_type')!r}, not 'POET'; "
-            f"{_REQUIRED['config']}."
-        )
-    if metrics["task"] == "text-classification" and not metrics.get("labels"):
-        raise ValueError("metrics.json has no 'labels': write the names of the classes in the order of their indexes.")
-    if not metrics["evaluation"]:
-        raise ValueError(f"metrics.json: evaluation is empty; {_REQUIRED['evaluation']}.")
-    for i, result in enumerate(metrics["evaluation"]):
-        _require(result, _REQUIRED_OF_RESULTS, f"evaluation[{i}].")
-        if not _is_number(result["value"]):
-            raise ValueError(f"metrics.json: evaluation[{i}].value={result['value']!r} is not a finite number.")
     if kind == "adapter" and metrics["base_model"] is None:
         raise ValueError(
             "metrics.json: base_model is null, and an adapter cannot be loaded without the model that it belongs to; "
@@ -241,35 +181,32 @@ def _check(metrics: Mapping[str, Any], kind: str) -> None:
         )
 
 
-def _require(values: Mapping[str, Any], required: Mapping[str, str], prefix: str) -> None:
-    for path, remedy in required.items():
-        found: Any = values
-        for key in path.split("."):
-            if not isinstance(found, Mapping) or key not in found:
-                raise ValueError(f"metrics.json has no {prefix + path!r}: {remedy}.")
-            found = found[key]
-
-
 def _eval_result(task: str, result: Mapping[str, Any]) -> EvalResult:
     data = result["data"]
     return EvalResult(
         task_type=task,
-        dataset_type=data.get("id") or re.sub(r"[^a-z0-9]+", "-", data["name"].lower()).strip("-"),
+        dataset_type=data.get("id") or re.sub(r"[^a-z0-9]+", "-", data["name"].lower()).strip("-") or "unnamed",
         dataset_name=data["name"],
         dataset_config=data.get("config"),
         dataset_split=data.get("split"),
         metric_type=result["metric"],
         metric_name=result["name"],
-        metric_value=result["value"],
+        metric_value=_plain(result["value"]),
     )
 
 
+def _string(text: str) -> str:
+    """A string as Python's source has it, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _snippet(metrics: Mapping[str, Any], repo_id: str, kind: str) -> str:
-    auto_class, text = AUTO_CLASSES[metrics["task"]], metrics.get("example_input", "The")
+    auto_class = AUTO_CLASSES[metrics["task"]]
+    text = "The" if metrics.get("example_input") is None else metrics["example_input"]
     classifies = metrics["task"] == "text-classification"
     if kind == "adapter":
         labels = f", id2label={dict(enumerate(metrics['labels']))!r}" if classifies else ""
-        base = json.dumps(metrics["base_model"])
+        base = _string(metrics["base_model"])
         lines = [
             "import poet_peft  # teaches PEFT the name POET; without it loading fails with KeyError: 'POET'",
             "from peft import PeftModel",
@@ -277,16 +214,16 @@ def _snippet(metrics: Mapping[str, Any], repo_id: str, kind: str) -> str:
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({base})",
             f"model = {auto_class}.from_pretrained({base}{labels})",
-            f"model = PeftModel.from_pretrained(model, {json.dumps(repo_id)})",
+            f"model = PeftModel.from_pretrained(model, {_string(repo_id)})",
         ]
     else:
         lines = [
             f"from transformers import {auto_class}, AutoTokenizer",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(repo_id)})",
-            f"model = {auto_class}.from_pretrained({json.dumps(repo_id)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({_string(repo_id)})",
+            f"model = {auto_class}.from_pretrained({_string(repo_id)})",
         ]
-    lines += ["", f'inputs = tokenizer({json.dumps(text)}, return_tensors="pt")']
+    lines += ["", f'inputs = tokenizer({_string(text)}, return_tensors="pt")']
     if classifies:
         lines += [
             "label = model(**inputs).logits.argmax(-1).item()",
@@ -322,22 +259,43 @@ def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
-    return {key: _text(settings[key]) for key in keys if settings.get(key) not in (None, [], {})}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # PEFT writes sets of module names as lists, in another order each time.
+    return {
+        key: ", ".join(sorted(map(str, value))) if isinstance(value, list) else str(value)
+        for key in keys
+        if (value := settings.get(key)) not in (None, [], {})
+    }
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or value != value  # NaN
+
+
+def _plain(value: Any) -> int | float:
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _number(value: Any) -> str:
+    if _is_missing(value):
+        return "not measured"
+    return f"{value:,}" if isinstance(value, Integral) else f"{value:.4g}"
 
 
 def _text(value: Any) -> str:
-    # PEFT writes sets of module names as lists, in another order each time.
-    text = ", ".join(sorted(map(str, value))) if isinstance(value, list) else str(value)
-    return text.replace("|", r"\|")  # ends a table's cell otherwise, as in a regular expression of module names
+    """A text on one line of Markdown, in a table or not, in which nothing is taken for markup."""
+    text = " ".join(str(value).split())
+    # Backslashes, underscores and ampersands only where they would mean something, so that the source reads well.
+    text = re.sub(r"\\(?=[!-/:-@\[-`{-~]|$)|[`*<>\[\]~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)", r"\\\g<0>", text)
+    text = re.sub(r"^(\d*)([#+=-]|(?<=\d)[.)](?=\s|$))", r"\1\\\2", text)  # a heading or a list
+    return text.replace("|", "&#124;")  # the next cell of a table
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _code(value: Any) -> str:
+    """A text as code on one line of Markdown, in a table or not."""
+    text = " ".join(str(value).split())
+    if "|" in text:  # ends a table's cell even between backticks
+        escaped = re.sub(r"[^\w\s.,:;/()=-]|_", lambda match: f"&#{ord(match[0])};", text)
+        return f"<code>{escaped}</code>"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{fence}{padding}{text}{padding}{fence}"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 
@@ -34,10 +32,26 @@ def ensure_peft_type() -> PeftType:
     return member
 
 
-def owns_name() -> bool:
-    """Whether the name POET is this package's in PEFT, or still free."""
+def _config_cls_of_peft() -> type | None:
+    """The configuration class of a method called POET that PEFT itself ships, None if there is none."""
     config_cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(ensure_peft_type())
-    return config_cls is None or config_cls.__module__.partition(".")[0] == __package__
+    is_ours = config_cls is None or config_cls.__module__.partition(".")[0] == __package__
+    return None if is_ours else config_cls
+
+
+def _name_is_taken(config_cls: type) -> str:
+    return (
+        f"peft {peft.__version__} has its own method called POET, which is kept: poet_peft is not registered. Use "
+        f"PEFT's configuration class, {config_cls.__module__}.{config_cls.__qualname__}, or a version of peft without "
+        "it."
+    )
+
+
+def check_owns_name() -> None:
+    """Raise RuntimeError if the name POET in PEFT is not this package's."""
+    theirs = _config_cls_of_peft()
+    if theirs is not None:
+        raise RuntimeError(_name_is_taken(theirs))
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -46,11 +60,9 @@ def register(config_cls: type, model_cls: type) -> None:
     If PEFT itself has a method called POET, PEFT's own is kept and a warning says so.
     """
     peft_type = ensure_peft_type()
-    if not owns_name():
-        warnings.warn(
-            "This version of PEFT has its own method called POET, which is kept: poet_peft is not registered. Use "
-            "PEFT's configuration class, or a version of PEFT without it."
-        )
+    theirs = _config_cls_of_peft()
+    if theirs is not None:
+        warnings.warn(_name_is_taken(theirs))
     elif peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls

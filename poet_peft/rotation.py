@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .maths.blocks import BlockPartition, SideName, draw_index
 from .maths.orthogonal import CayleyNeumann, OrthogonalMap
@@ -41,6 +42,8 @@ class Rotation(nn.Module):
         weight: strict upper triangles of the blocks' `Q`, row-major, one block after the other, fp32 by default, shape
             (partition.num_parameters,). Zero is the identity.
         index: rotated features in block order, int32, shape (partition.num_rotated,).
+        mesh: the processes that each have a copy of the parameters, beside a base weight that is spread over them;
+            None in one process, and where the parameters are sharded with the base weight.
         keeps_blocks: whether blocks are kept between calls, see `KeptBlocks`.
     """
 
@@ -60,6 +63,7 @@ class Rotation(nn.Module):
         self.module_name = module_name
         self.orthogonal_map = orthogonal_map or CayleyNeumann()
         self.keeps_blocks = keeps_blocks
+        self.mesh: DeviceMesh | None = None
         self.weight = nn.Parameter(torch.zeros(partition.num_parameters))
         self.register_buffer("index", self.draw_index(seed, num_reinits))
         self._kept = KeptBlocks()

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import POETConfig
 from .maths.blocks import partition_side, rotated_sides
+from .uncalled import reader_of
 from .weights.base import base_weight_of
 from .weights.plain import NEVER_CALLED, features
 from .weights.quantized import QuantizedWeight
+
+
+# The tasks with which PEFT trains heads in full: how the names of transformers' classes end, and those of the heads.
+_TASKS = {
+    "SEQ_CLS": ("ForSequenceClassification", ("classifier", "score")),
+    "TOKEN_CLS": ("ForTokenClassification", ("classifier", "score")),
+    "QUESTION_ANS": ("ForQuestionAnswering", ("qa_outputs",)),
+}
 
 
 def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> None:
@@ -56,8 +67,8 @@ def check_targets(
 
     Raises:
         TypeError: a layer is of a kind that cannot be rotated.
-        ValueError: a layer shares its weight, is bypassed by torch's fast path, is quantized and would be folded, or
-            is smaller than a fully stochastic block.
+        ValueError: a layer shares its weight, is not called by the module that holds it, is quantized and would be
+            folded, or is smaller than a fully stochastic block.
     """
     owners = parameter_names(model)
     clipped = []
@@ -68,11 +79,51 @@ def check_targets(
         _check_not_bypassed(name, model)
         _check_base_can_change(name, layer, config, **quantization_kwargs)
         clipped += _check_block_size(name, layer, config)
+    _check_called(model, [name for name, _ in targets])
     if clipped:
         warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
     _warn_of_unmatched_patterns(config, [name for name, _ in targets])
     if config.base_init is not None and not config.is_from_file:
         _warn_if_pretrained(model, config)
+
+
+def leave_out(
+    model: nn.Module, config: POETConfig, requested: set[str] | str | None, targets: list[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
+    """The targets without those that must not be rotated, where PEFT and not the user chose them.
+
+    That is the output head, which PEFT finds only if it knows the task, and layers whose weight is read by another
+    module, which never calls them. A warning names both, except for a head that `train_rest` trains in full anyway.
+
+    Args:
+        config: with `target_modules` as PEFT wrote it out.
+        requested: `target_modules` as the user wrote it. None and "all-linear" leave the choice to PEFT.
+        targets: names and modules of the layers that `config` matches.
+    """
+    if not chosen_by_peft(requested):
+        return targets
+    if requested is not None:  # PEFT lists the linear layers, and takes a name for the end of longer ones as well
+        targets = [(name, module) for name, module in targets if name in config.target_modules]
+    targets = [(name, module) for name, module in targets if not _is_saved_in_full(name, config)]
+    heads = _output_heads(model, targets)
+    if heads and not config.train_rest:
+        warnings.warn(
+            f"target_modules={requested!r} leaves out the output head, which is not trained: {', '.join(heads)}. To "
+            f"train and save it in full, pass modules_to_save={heads}{_task_hint(model, config, heads)}."
+        )
+    targets = [(name, module) for name, module in targets if name not in heads]
+    readers = {name: reader for name, _ in targets if (reader := reader_of(model, name))}
+    if readers:
+        warnings.warn(
+            f"target_modules={requested!r} leaves out layers whose rotations would not train: "
+            f"{_readers_as_text(readers)}."
+        )
+    return [(name, module) for name, module in targets if name not in readers]
+
+
+def chosen_by_peft(target_modules: set[str] | str | None) -> bool:
+    """Whether `target_modules`, as the user wrote it, leaves the choice of layers to PEFT."""
+    return target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
 
 
 def warn_of_unreached_weights(model: nn.Module, target_modules: set[str] | str | None) -> None:
@@ -82,7 +133,7 @@ def warn_of_unreached_weights(model: nn.Module, target_modules: set[str] | str |
     them as bare parameters: PEFT's "all-linear" and its defaults see only linear layers.
     """
     experts = _expert_weights(model)
-    if target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == "all-linear"):
+    if chosen_by_peft(target_modules):
         if experts:
             warnings.warn(
                 f"target_modules={target_modules!r} does not reach expert weights that are not in linear layers; "
@@ -123,7 +174,63 @@ def _expert_weights(model: nn.Module) -> list[str]:
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
     ]
-    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
+    return _without_indexes(names)
+
+
+def _without_indexes(names: Iterable[str]) -> list[str]:
+    """Names with `*` for the index of a layer, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+
+
+def _output_heads(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> list[str]:
+    """Names of the targets that give labels, scores or tokens: outside the base model, and as wide as these are."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    num_labels = getattr(model.config, "num_labels", 2)
+    # One score of a choice, two ends of a span, all labels, all labels and "none of them", all tokens.
+    widths = {1, 2, num_labels, num_labels + 1, getattr(model.config, "vocab_size", None)}
+
+    def is_outside(name: str) -> bool:
+        if model.base_model is model:
+            return "." not in name
+        return not name.startswith(f"{model.base_model_prefix}.")
+
+    return [name for name, layer in targets if is_outside(name) and getattr(layer, "out_features", None) in widths]
+
+
+def _is_saved_in_full(name: str, config: POETConfig) -> bool:
+    """Whether PEFT trains a layer as one of `modules_to_save`, to which it adds the heads of some tasks."""
+    saved = [*(config.modules_to_save or ()), *_TASKS.get(config.task_type, ("", ()))[1]]
+    return any(re.search(rf"{re.escape(module)}($|\.)", name) for module in saved)
+
+
+def _task_hint(model: nn.Module, config: POETConfig, heads: list[str]) -> str:
+    """`, or task_type=...` if PEFT would then train these heads."""
+    for task, (kind, names) in _TASKS.items():
+        if type(model).__name__.endswith(kind) and {head.partition(".")[0] for head in heads} <= set(names):
+            return f", or task_type={task!r}"
+    return ""
+
+
+def _readers_as_text(readers: dict[str, nn.Module]) -> str:
+    """Layers by the class of the module that reads their weight."""
+    layers: dict[str, list[str]] = {}
+    for name, reader in readers.items():
+        layers.setdefault(type(reader).__name__, []).append(name)
+    return "; ".join(
+        f"{reader} computes with the weight of {', '.join(_without_indexes(names))} and does not call the layer"
+        for reader, names in layers.items()
+    )
+
+
+def _check_called(model: nn.Module, names: list[str]) -> None:
+    readers = {name: reader for name in names if (reader := reader_of(model, name))}
+    if readers:
+        last_names = sorted({name.rpartition(".")[2] for name in readers})
+        raise ValueError(
+            f"POET cannot rotate what is not called: {_readers_as_text(readers)}, so that rotations would not train. "
+            f"Take it out of target_modules, or add to exclude_modules: {last_names}."
+        )
 
 
 def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:

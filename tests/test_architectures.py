@@ -57,6 +57,7 @@ from poet_peft.layer import POETLayer
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The block size is larger than the side"),
     pytest.mark.filterwarnings("ignore:.*does not reach expert weights"),
+    pytest.mark.filterwarnings("ignore:.*leaves out the output head"),
 ]
 
 
@@ -143,7 +144,7 @@ ARCHITECTURES = {
     "bert": Architecture(
         lambda: BertForSequenceClassification(BertConfig(**ENCODER, vocab_size=128, num_labels=3)),
         to_classify,
-        14,
+        13,
         generates=False,
     ),
     "t5": Architecture(t5, seq2seq, 32, tied=True),
@@ -151,11 +152,11 @@ ARCHITECTURES = {
     "vit": Architecture(
         lambda: ViTForImageClassification(ViTConfig(**ENCODER, image_size=16, patch_size=8, num_labels=3)),
         images,
-        13,
+        12,
         generates=False,
     ),
     "mixtral": Architecture(mixtral, causal, 8),
-    "minilm": Architecture(lambda: minilm()[0], to_classify, 38, generates=False, poet_lr=2e-3),
+    "minilm": Architecture(lambda: minilm()[0], to_classify, 37, generates=False, poet_lr=2e-3),
 }
 TINY = [name for name in ARCHITECTURES if name != "minilm"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -464,9 +465,9 @@ def test_architecture_without_default_targets_asks_for_them():
 
 
 @for_every_architecture
-def test_all_linear_rotates_all_linear_layers_but_the_output_embedding(name):
+def test_all_linear_rotates_all_linear_layers_but_the_head(name):
     model = build(name)
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or getattr(model, "classifier", None)
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     assert rotated(poet(model)) == linear
     assert len(linear) == ARCHITECTURES[name].num_layers_rotated

@@ -593,8 +593,16 @@ def test_different_values_for_a_tied_weight_are_refused(edited):
 @pytest.mark.parametrize(
     ("regime", "config", "named"),
     [
-        ("block_stochastic", {"block_size": 8}, r"block size of the output side, 16 in the file and 8 in the model \(.*layers\.0"),
-        ("block_stochastic", {"block_size": 32}, r"block size of the output side, 16 in the file and 32 in the model \(.*layers\.0"),
+        (
+            "block_stochastic",
+            {"block_size": 8},
+            r"block size of the output side, 16 in the file and 8 in the model \(.*layers\.0",
+        ),
+        (
+            "block_stochastic",
+            {"block_size": 32},
+            r"block size of the output side, 16 in the file and 32 in the model \(.*layers\.0",
+        ),
         ("block_stochastic", {"variant": "fully_stochastic"}, r"layers\.0\..*poet_P.*index"),
         ("block_stochastic", {"num_neumann_terms": 5}, "num_neumann_terms.*3 in the file and 5 in the model"),
         ("block_stochastic", {"adaptive_terms": False}, "adaptive_terms, 1 in the file and 0 in the model"),

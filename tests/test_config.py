@@ -1,15 +1,19 @@
 """What `POETConfig` accepts, what it refuses and how, and which layers of a model it ends up rotating."""
 
+import copy
+import json
 import math
+import pickle
 import re
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from cases import FULLY, Case, OneLayer, TwoLayers, base_layer, wrap
 from models import llama
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from poet_peft import POETConfig
@@ -28,15 +32,36 @@ BAD = {
     "block_size-bool": ({"block_size": True}, "block_size=True"),
     "block_size-text": ({"block_size": "64"}, "block_size='64'"),
     "block_size-none": ({"block_size": None}, "block_size=None"),
-    "block_size-fraction-of-block-stochastic": ({"block_size": 0.5}, "block_size=0.5"),
-    "block_size-1.0-of-block-stochastic": ({"block_size": 1.0}, "block_size=1.0"),
-    "block_size-fraction-above-1": ({"block_size": 1.5, "variant": FULLY}, "block_size=1.5"),
+    "block_size-fraction-of-block-stochastic": (
+        {"block_size": 0.5},
+        "block_size=0.5 must be an integer of at least 2 (a block of 1 cannot rotate); fractions of a dimension need "
+        "variant='fully_stochastic'",
+    ),
+    "block_size-not-whole": ({"block_size": 33.7}, "block_size=33.7 must be an integer"),
+    "block_size-whole-float": ({"block_size": 64.0}, "block_size=64.0 must be an integer"),
+    "block_size-nan-of-block-stochastic": ({"block_size": math.nan}, "block_size=nan must be an integer"),
+    "block_size-infinite": ({"block_size": math.inf, "variant": FULLY}, "block_size=inf"),
+    "block_size-bool-fully-stochastic": ({"block_size": True, "variant": FULLY}, "block_size=True"),
+    "block_size-numpy-bool": ({"block_size": np.True_}, "block_size=np.True_"),
+    "block_size-fraction-above-1": (
+        {"block_size": 33.7, "variant": FULLY},
+        "block_size=33.7 must be an integer of at least 2 (features in a block, of which 1 cannot rotate), or a float "
+        "in (0, 1]",
+    ),
     "block_size-fraction-0": ({"block_size": 0.0, "variant": FULLY}, "block_size=0.0"),
     "block_size-fraction-negative": ({"block_size": -0.5, "variant": FULLY}, "block_size=-0.5"),
     "block_size-nan": ({"block_size": math.nan, "variant": FULLY}, "block_size=nan"),
     "block_size-1-fully-stochastic": ({"block_size": 1, "variant": FULLY}, "block_size=1"),
     "block_size_pattern": ({"block_size_pattern": {"q": 1}}, "block_size_pattern['q']=1"),
     "block_size_pattern-fraction": ({"block_size_pattern": {"q": 0.5}}, "block_size_pattern['q']=0.5"),
+    "block_size_pattern-none": ({"block_size_pattern": None}, "block_size_pattern=None must be a dict {name: block"),
+    "layers_to_transform-float": ({"layers_to_transform": [0, 1.5]}, "layers_to_transform[1]=1.5"),
+    "layers_to_transform-negative": ({"layers_to_transform": -1}, "layers_to_transform=-1"),
+    "layers_to_transform-text": ({"layers_to_transform": "0"}, "layers_to_transform='0'"),
+    "train_rest-text": ({"train_rest": "false"}, "train_rest='false' must be True or False"),
+    "memory_efficient-number": ({"memory_efficient": 1}, "memory_efficient=1 must be True or False"),
+    "file_format-newer": ({"file_format": 99}, "file_format=99 is of a newer poet_peft"),
+    "file_format-text": ({"file_format": "1"}, "file_format='1'"),
     "num_neumann_terms-0": ({"num_neumann_terms": 0}, "num_neumann_terms=0"),
     "num_neumann_terms-float": ({"num_neumann_terms": 3.0}, "num_neumann_terms=3.0"),
     "num_neumann_terms-bool": ({"num_neumann_terms": True}, "num_neumann_terms=True"),
@@ -49,7 +74,13 @@ BAD = {
     "reinit_interval-no-multiple": ({"merge_interval": 10, "reinit_interval": 25}, "reinit_interval=25"),
     "reinit_interval-below": ({"merge_interval": 10, "reinit_interval": 5}, "reinit_interval=5"),
     "reinit_interval-without-folds": ({"reinit_interval": 5}, "reinit_interval=5"),
+    "max_drift-0": ({"max_drift": 0}, "max_drift=0 must be a positive number"),
+    "max_drift-nan": ({"max_drift": math.nan}, "max_drift=nan"),
+    "max_drift-bool": ({"max_drift": True}, "max_drift=True"),
+    "max_drift-text": ({"max_drift": "1%"}, "max_drift='1%'"),
+    "adaptive_terms-none": ({"adaptive_terms": None}, "adaptive_terms=None must be True or False"),
     "seed-negative": ({"seed": -1}, "seed=-1"),
+    "seed-numpy-negative": ({"seed": np.int64(-1)}, "seed=np.int64(-1)"),
     "seed-float": ({"seed": 0.5}, "seed=0.5"),
     "seed-bool": ({"seed": True}, "seed=True"),
     "seed-too-large": ({"seed": 2**63}, f"seed={2**63}"),
@@ -94,6 +125,7 @@ FILLED = {
         "keep_initial_weights": True,
         "memory_efficient": True,
         "compensated_folds": False,
+        "max_drift": 0.5,
         "allow_requantize": True,
         "seed": 2**40 + 1,
         "init_weights": False,
@@ -105,7 +137,13 @@ FILLED = {
         "bias": "poet_only",
         "block_size_pattern": {"q_proj": 0.5, "v_proj": 8},
     },
-    "train-rest": {"train_rest": True, "block_size": 16, "target_modules": "all-linear", "layers_to_transform": 0},
+    "train-rest": {
+        "train_rest": True,
+        "adaptive_terms": False,
+        "block_size": 16,
+        "target_modules": "all-linear",
+        "layers_to_transform": 0,
+    },
 }
 OWN_FIELDS = {field.name for field in fields(POETConfig)} - {field.name for field in fields(PeftConfig)}
 
@@ -145,6 +183,31 @@ def test_bad_value_is_refused_by_field_and_value(bad):
 def test_good_values_are_taken_as_they_are(arguments):
     config = POETConfig(**arguments)
     assert {name: getattr(config, name) for name in arguments} == arguments
+
+
+NUMPY = {
+    "block_size": (np.int64(32), 32),
+    "num_neumann_terms": (np.int8(5), 5),
+    "merge_interval": (np.uint16(10), 10),
+    "reinit_interval": (np.int32(20), 20),
+    "seed": (np.uint64(2**63 - 1), 2**63 - 1),
+    "layers_to_transform": (np.arange(2), [0, 1]),
+    "block_size_pattern": ({"q_proj": np.int64(8)}, {"q_proj": 8}),
+    "max_drift": (np.float32(0.5), 0.5),
+    "train_rest": (np.True_, True),
+}
+
+
+def test_numbers_of_numpy_are_saved_as_those_of_python(tmp_path):
+    POETConfig(**{name: given for name, (given, _) in NUMPY.items()}).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name: saved[name] for name in NUMPY} == {name: expected for name, (_, expected) in NUMPY.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fraction_of_numpy_is_taken_for_one_of_python(dtype):
+    block_size = POETConfig(variant=FULLY, block_size=dtype(0.25)).block_size
+    assert (type(block_size), block_size) == (float, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +282,48 @@ def test_every_field_is_away_from_its_default_in_a_file_test():
     for arguments in FILLED.values():
         config = POETConfig(**arguments)
         assert all(getattr(config, name) != getattr(defaults, name) for name in arguments)
+
+
+COPIES = {
+    "replace": lambda config: replace(config, block_size=8),
+    "dict": lambda config: POETConfig(**config.to_dict()),
+    "json": lambda config: POETConfig(**json.loads(json.dumps(config.to_dict(), default=sorted))),
+}
+
+
+@parametrize("copied", COPIES)
+@pytest.mark.parametrize("is_from_file", [False, True], ids=["made", "loaded"])
+def test_configuration_made_from_another_is_a_new_one(copied, is_from_file, tmp_path):
+    config = POETConfig(target_modules=["q_proj"], base_init="normalized")
+    if is_from_file:
+        config.save_pretrained(tmp_path)
+        config = POETConfig.from_pretrained(tmp_path)
+    assert not copied(config).is_from_file
+
+
+@pytest.mark.parametrize("cls", [POETConfig, PeftConfig])
+@parametrize(
+    "kept", {"as-read": lambda c: c, "deepcopy": copy.deepcopy, "pickle": lambda c: pickle.loads(pickle.dumps(c))}
+)
+def test_configuration_that_was_read_is_known_as_such(cls, kept, tmp_path):
+    config = POETConfig(block_size=8)
+    config.save_pretrained(tmp_path)
+    assert kept(cls.from_pretrained(tmp_path)).is_from_file
+    assert not config.is_from_file
+
+
+def test_file_format_is_in_the_file_only(tmp_path):
+    POETConfig(block_size=8).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["file_format"] == 1
+    assert "file_format" not in POETConfig.from_pretrained(tmp_path).to_dict()
+
+
+def test_file_without_a_format_is_read(tmp_path):
+    config = POETConfig(block_size=8)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({name: v for name, v in json.loads(path.read_text()).items() if name != "file_format"}))
+    assert PeftConfig.from_pretrained(tmp_path) == config
 
 
 # Block sizes in a model
@@ -423,11 +528,25 @@ def test_layer_of_one_input_and_one_output_is_left_as_it_is_with_a_warning():
 # Weights drawn anew
 
 
-def test_base_init_on_a_model_that_came_from_somewhere_warns():
+@parametrize("copied", {"as-made": lambda config: config, **COPIES})
+def test_base_init_on_a_model_that_came_from_somewhere_warns(copied):
     base = llama()
     base.name_or_path = "someone/pretrained"
+    config = copied(POETConfig(target_modules=["q_proj"], block_size=8, base_init="normalized"))
     with pytest.warns(UserWarning, match="base_init='normalized' throws away.*'someone/pretrained'"):
-        get_peft_model(base, POETConfig(target_modules=["q_proj"], block_size=16, base_init="normalized"))
+        get_peft_model(base, config)
+
+
+def test_loading_an_adapter_with_base_init_is_silent(tmp_path):
+    base = llama()
+    get_peft_model(base, POETConfig(target_modules=["q_proj"], block_size=8, base_init="normalized")).save_pretrained(
+        tmp_path
+    )
+    base = llama()
+    base.name_or_path = "someone/pretrained"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(base, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from poet_peft import create_model_card, set_model_card
-from poet_peft.model_card import json_config
+from poet_peft.model_card import INSTALL, json_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +97,18 @@ def test_evaluation_table_has_no_column_for_what_was_not_measured():
     assert rows(card(without("evaluation[0].before")).text, "Evaluation")["metric"] == ["value", "data", "size"]
 
 
+@pytest.mark.parametrize("before", [None, math.nan], ids=str)
+def test_null_before_is_not_measured(before):
+    result = METRICS["evaluation"][0]
+    metrics = METRICS | {"evaluation": [result, result | {"name": "Loss", "before": before}]}
+    assert rows(card(metrics).text, "Evaluation")["Loss"][1] == "not measured"
+
+
+def test_evaluation_table_has_no_column_for_nulls():
+    metrics = METRICS | {"evaluation": [METRICS["evaluation"][0] | {"before": None}]}
+    assert rows(card(metrics).text, "Evaluation")["metric"] == ["value", "data", "size"]
+
+
 def test_training_table():
     table = rows(card(METRICS | MEASURED).text, "Training")
     assert table["parameters"] == ["123,456"] and table["trained"] == ["7,890"]
@@ -129,11 +141,6 @@ def test_configuration_is_shown():
 def test_modules_are_shown_in_the_same_order_whatever_that_of_the_file_is():
     metrics = METRICS | {"config": METRICS["config"] | {"target_modules": ["v", "q", "k"]}}
     assert rows(card(metrics).text, "POETConfig")["target_modules"] == ["k, q, v"]
-
-
-def test_a_regular_expression_stays_in_its_cell():
-    metrics = METRICS | {"config": METRICS["config"] | {"target_modules": ".*(q|v)_proj"}}
-    assert r"| `target_modules` | `.*(q\|v)_proj` |" in card(metrics).text
 
 
 def test_json_config_sorts_sets():
@@ -183,13 +190,63 @@ def test_missing_key_is_named(path):
         ({"config": {"peft_type": "LORA"}}, "peft_type='LORA'"),
         ({"base_model": None}, "kind='merged'"),
         ({"evaluation": []}, "evaluation is empty"),
-        ({"evaluation": [METRICS["evaluation"][0] | {"value": math.nan}]}, r"evaluation\[0\].value=nan"),
+        ({"evaluation": {}}, "evaluation={} is no list; write a list of results"),
+        ({"evaluation": None}, "evaluation=None is no list"),
+        ({"evaluation": ["good"]}, r"no 'evaluation\[0\].metric': write"),
+        ({"evaluation": [METRICS["evaluation"][0] | {"value": math.nan}]}, r"evaluation\[0\].value=nan is no finite"),
+        ({"evaluation": [METRICS["evaluation"][0] | {"value": True}]}, r"evaluation\[0\].value=True is no finite"),
+        ({"evaluation": [METRICS["evaluation"][0] | {"before": "0.2"}]}, r"evaluation\[0\].before='0.2' is no number"),
+        ({"data": None}, "data=None is no object; write an object with the name"),
+        ({"data": METRICS["data"] | {"name": None}}, "data.name=None is no text; write what the training data"),
+        ({"data": METRICS["data"] | {"source": " "}}, "data.source=' ' is no text"),
+        ({"data": METRICS["data"] | {"id": 5}}, "data.id=5 is no text"),
+        ({"task": ["text-generation"]}, r"task=\['text-generation'\] is no text"),
+        ({"config": None}, r"config=None is no object; write json_config\(config\)"),
+        ({"settings": [1]}, r"settings=\[1\] is no object"),
+        ({"parameters": {"model": None, "trained": 1}}, "parameters.model=None is no finite number"),
+        ({"versions": METRICS["versions"] | {"torch": 2.0}}, "versions.torch=2.0 is no text"),
+        ({"base_model": 5}, "base_model=5 is no text"),
+        ({"labels": "good"}, "labels='good' is no list of texts or integers"),
+        ({"limits": "One sentence."}, "limits='One sentence.' is no list of texts; write a list of sentences"),
+        ({"train_tokens": "many"}, "train_tokens='many' is no number; write the number of tokens"),
+        ({"hardware": 2}, r"hardware=2 is no text; write what hardware\(\) returns"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_metrics_that_no_card_can_be_made_of_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         card(METRICS | change)
+
+
+@pytest.mark.parametrize(
+    "metrics", [None, "metrics.json", Path("metrics.json"), [METRICS]], ids=lambda m: type(m).__name__
+)
+def test_what_is_not_the_object_of_a_run_is_refused(metrics):
+    with pytest.raises(TypeError, match=r"not the object that a run wrote.*pass json\.loads"):
+        create_model_card(metrics, "someone/model", "adapter")
+
+
+@pytest.mark.parametrize("repo_id", [None, "", "/", 5])
+def test_place_that_names_no_model_is_refused(repo_id):
+    with pytest.raises(ValueError, match=f"repo_id={repo_id!r} does not name a model; pass 'user/name'"):
+        create_model_card(METRICS, repo_id, "adapter")
+
+
+def test_place_may_be_a_path():
+    assert str(create_model_card(METRICS, Path("runs/first"), "adapter")) == str(
+        create_model_card(METRICS, "runs/first", "adapter")
+    )
+
+
+@pytest.mark.parametrize("key", ["labels", "limits", "train_tokens", "hardware", "example_input"])
+def test_null_of_an_optional_key_is_as_if_it_were_not_there(key):
+    assert str(card(METRICS | {key: None})) == str(card(METRICS))
+
+
+def test_installation_is_that_of_a_checkout():
+    """Nobody has published a package of this name: it could be anybody's."""
+    assert f"{INSTALL}, then:" in card().text
+    assert not re.search(r"pip install (?!\.)", card().text)
 
 
 def test_unknown_kind_is_refused():
@@ -249,6 +306,10 @@ def test_snippet_of_a_classifier_prints_a_label(base, tmp_path, capsys):
     get_peft_model(classifier, poet_config(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
     text = card(CLASSIFIER | {"base_model": str(base)}, repo_id=str(tmp_path / "adapter")).text
     assert run_as_written(snippet(text), capsys) in ("bad", "good")
+
+
+def test_labels_may_be_integers():
+    assert "id2label={0: 3, 1: 5}" in snippet(card(CLASSIFIER | {"labels": [3, 5]}).text)
 
 
 def test_saving_the_model_again_keeps_the_text(tmp_path):

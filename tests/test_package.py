@@ -131,14 +131,16 @@ def ci(tmp_path):
     return run_ci
 
 
-def test_ci_runs_the_readme_command_and_the_linter(ci):
+def test_ci_runs_the_readme_command_and_the_linter_and_builds_the_documentation(ci):
     command = """mkdir -p .venv/bin
 echo 'echo linted "$@"' > .venv/bin/ruff
-chmod +x .venv/bin/ruff
+echo 'echo documented "$@"' > .venv/bin/mkdocs
+chmod +x .venv/bin/ruff .venv/bin/mkdocs
 echo tested"""
     result = ci(f"Title\n\n```sh\nexit 1\n```\n\n<!-- test command -->\n```sh\n{command}\n```\n\n```sh\nexit 1\n```\n")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["tested", "linted check .", "linted format --check ."]
+    ran = ["tested", "linted check .", "linted format --check .", "documented build --strict"]
+    assert result.stdout.splitlines() == ran
 
 
 def test_ci_fails_where_a_line_of_the_command_fails(ci):
@@ -154,5 +156,5 @@ def test_ci_fails_without_a_readme_command(ci):
 
 
 def test_readme_shows_what_the_results_say():
-    result = run(sys.executable, ROOT / "benchmarks" / "tables.py", "--check")
+    result = run(sys.executable, "-m", "benchmarks.tables", "--check", cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -14,7 +14,7 @@ from workers.resume_run import LENGTH, make_trainer, text
 
 from poet_peft import POETCallback, POETFoldError, merge_and_reinitialize
 from poet_peft.layer import poet_layers
-from poet_peft.maths.orthogonal import orthogonality_error
+from poet_peft.maths.spectrum import orthogonality_error
 from poet_peft.weights.residual import join, split
 
 
@@ -328,7 +328,7 @@ class Overflow(TrainerCallback):
     """An infinite gradient in some steps, and a record of what the model has become after each."""
 
     def __init__(self):
-        self.folds, self.skipped = [], []
+        self.folds, self.steps = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step + 1 in SKIPPED:
@@ -337,7 +337,7 @@ class Overflow(TrainerCallback):
     def on_step_end(self, args, state, control, model, optimizer, **kwargs):
         _, layer = next(poet_layers(model))
         self.folds.append(layer.state("default").num_folds)
-        self.skipped.append(layer.num_skipped_steps("default"))
+        self.steps.append(layer.state("default").num_steps)
         assert optimizer.step_was_skipped == (state.global_step in SKIPPED)
 
 
@@ -370,13 +370,13 @@ def test_folds_are_scheduled_by_the_steps_that_happened(scaled):
     assert scaled[2].folds == [sum(step >= at for at in FOLDS_AT) for step in range(1, 10)]
 
 
-def test_skipped_steps_are_counted_in_the_model(scaled):
-    assert scaled[2].skipped == [sum(step >= at for at in SKIPPED) for step in range(1, 10)]
+def test_skipped_steps_are_not_counted(scaled):
+    assert scaled[2].steps == [step - sum(step >= at for at in SKIPPED) for step in range(1, 10)]
 
 
-def test_skipped_steps_are_in_the_checkpoint(scaled):
+def test_steps_are_in_the_checkpoint(scaled):
     tensors = load_file(scaled[0] / "checkpoint-6" / "adapter_model.safetensors")
-    assert {tensor[3].item() for name, tensor in tensors.items() if name.endswith("poet_state")} == {2}
+    assert {tensor[3].item() for name, tensor in tensors.items() if name.endswith("poet_state")} == {4}
 
 
 @pytest.fixture(scope="module", params=[4, 5, 6])

@@ -265,4 +265,4 @@ def test_method_that_peft_ships_itself_gives_one_warning(beside_pefts_own):
 
 
 def test_our_configuration_is_refused_beside_a_method_that_peft_ships_itself(beside_pefts_own):
-    assert "use PEFT's configuration class" in beside_pefts_own["our_configuration"]
+    assert "Use PEFT's configuration class, __main__.TheirConfig" in beside_pefts_own["our_configuration"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import ADAPTERS, PERIODIC, assert_same_state, llama, poet_config, state, wrap
+from models import ADAPTERS, PERIODIC, assert_same_state, llama, logits, poet_config, state, wrap
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -209,7 +209,9 @@ def test_log_history_has_each_fold_at_its_own_step(tmp_path):
     model = wrap(llama(), "periodic", merge_interval=4)
     trainer = trainer_of(model, tmp_path, POETCallback(), logging_steps=3)
     trainer.train()
-    logged = {entry["step"]: entry["poet/num_reinits"] for entry in trainer.state.log_history if "poet/num_reinits" in entry}
+    logged = {
+        entry["step"]: entry["poet/num_reinits"] for entry in trainer.state.log_history if "poet/num_reinits" in entry
+    }
     assert logged == {4: 1, 8: 2}
 
 
@@ -482,3 +484,24 @@ def test_loss_of_every_step_is_finite(tmp_path):
     trainer = trainer_of(wrap(llama(), "pretraining", merge_interval=1), tmp_path, POETCallback(), poet_lr=0.1)
     trainer.train()
     assert all(math.isfinite(loss) for _, loss, _ in losses(trainer.state.log_history))
+
+
+class Raising(TrainerCallback):
+    """Ends a run from within its second step."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError()], ids=["interrupt", "out_of_memory"])
+def test_adapter_can_be_disabled_after_a_run_that_ended_before_its_first_fold(tmp_path, error):
+    original = logits(llama())
+    model = wrap(llama(), "periodic")
+    with pytest.raises(type(error)):
+        trainer_of(model, tmp_path, POETCallback(), Raising(error)).train()
+    with model.eval().disable_adapter():
+        torch.testing.assert_close(logits(model), original, rtol=0, atol=0)

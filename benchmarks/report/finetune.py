@@ -1,4 +1,4 @@
-"""The fine-tuning comparison: the section of the main README, and its picture."""
+"""The fine-tuning comparison: the README's summary, its section in docs/results.md, and its picture."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 BENCHMARKS = Path(__file__).parents[1]
 RESULTS = BENCHMARKS / "results" / "finetune"
-PLOT = BENCHMARKS / "plots" / "finetune.png"
+PLOT = BENCHMARKS.parent / "docs" / "figures" / "finetune.png"
 LABELS = {
     "full": "full fine-tuning",
     "lora": "LoRA, r = 16",
@@ -123,10 +123,39 @@ def variants_table():
     return "\n".join(lines)
 
 
-def section():
-    """The section of the README, in Markdown."""
+def summary():
+    """The README's table and picture, in Markdown."""
     if not results():
-        return "Not measured yet: run `python benchmarks/finetune.py`.\n"
+        return "Not measured yet: run `python -m benchmarks.finetune`.\n"
+    labels = measured(METHODS)
+    first, untrained = next(iter(results().values())), best(labels[0])[1]
+    steps, batch = first["settings"]["max_steps"], first["settings"]["per_device_train_batch_size"]
+    before = f"{mean(untrained, 'eval_loss_before'):.3f} | {mean(untrained, 'prose_perplexity_before'):.2f}"
+    rows = []
+    for label in sorted(labels, key=lambda label: mean(best(label)[1], "eval_loss")):
+        _, runs = best(label)
+        rows.append(
+            f"| {LABELS[label]} | {spread(runs, 'eval_loss', 3)} | {spread(runs, 'prose_perplexity', 2)} | "
+            f"{runs[0]['parameters']['trained'] / 1e6:.1f}M |"
+        )
+    return f"""SmolLM2-135M-Instruct on GSM8K, {steps} steps of {batch} problems, each method at its best learning rate
+(mean and standard deviation of the seeds, a difference below which is none); *elsewhere* is text that has nothing to
+do with the task, so that a rise means forgetting:
+
+| method | held-out loss | perplexity elsewhere | trained |
+|---|---|---|---|
+| untrained | {before} | |
+{chr(10).join(rows)}
+
+![Gain on the task against forgetting: the curves of POET, OFT, LoRA and full fine-tuning over learning
+rates](docs/figures/finetune.png)
+"""
+
+
+def section():
+    """The section of docs/results.md, in Markdown."""
+    if not results():
+        return "Not measured yet: run `python -m benchmarks.finetune`.\n"
     first = next(iter(results().values()))
     settings = first["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
@@ -147,7 +176,7 @@ is the one command that made all of it.
 
 {table()}
 
-![held-out loss against forgetting](benchmarks/plots/finetune.png)
+![Gain on the task against forgetting, for each method and learning rate](figures/finetune.png)
 
 All learning rates, first seed:
 

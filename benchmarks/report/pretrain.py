@@ -1,4 +1,4 @@
-"""Runs of examples/pretrain.py: the results section of the main README."""
+"""Runs of benchmarks/pretrain.py: the results section of docs/results.md."""
 
 import json
 import statistics
@@ -77,7 +77,7 @@ def table(runs):
 
 
 def section():
-    """The results section of the main README."""
+    """The results section of docs/results.md."""
     final, tuning = runs_by_setting("pretrain"), runs_by_setting("tuning")
     first = next(iter(final.values()))[0]
     settings = first["settings"]
@@ -86,7 +86,7 @@ def section():
     trial = next(iter(tuning.values()))[0]
     return f"""## What the pretraining example gives
 
-`examples/pretrain.py`, its `--method adamw` and its control, all from the same initial weights
+`examples/pretrain.py`, AdamW and its control (`benchmarks/pretrain.py`), all from the same initial weights
 (`{settings["base_init"]}`), on the same data and schedule: {first["parameters"]["model"] / 1e6:.1f}M parameters,
 {first["train_tokens"] / 1e6:.2f}M tokens of Python source, loss on {first["eval_tokens"]:,} tokens of held-out files.
 Two CPU cores, fp32, {versions}.

@@ -158,7 +158,7 @@ def load_base_tensors(
                 f"the file holds a base weight of {name!r} that differs from the model's, on which {what} are built. "
                 "Load it into a model of its own."
             )
-    for key in required:
+    for key in sorted(required):  # the order must be the same in every process: a write may be a collective
         if not current[key].is_meta:
             overwrite(current[key], tensors[key])
     for layer in layers.values():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .base import BaseWeight
 from .residual import at_least_fp32
+from .sharded import write
 
 
 # Parts that say how the others are to be read. Nothing but the same values can be loaded into a layer.
@@ -194,9 +195,9 @@ class HQQ(QuantizedWeight):
 
 @torch.no_grad()
 def overwrite(part: Tensor, value: Tensor) -> None:
-    """Copy into a tensor that may have been made in inference mode, as HQQ's are."""
+    """Copy into a tensor that may be sharded, or made in inference mode, as HQQ's are."""
     with torch.inference_mode(part.is_inference()):
-        part.copy_(value)
+        write(part, value)
 
 
 def quantized_weight(layer: nn.Module, backend: QuantizationBackend) -> QuantizedWeight | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def full(x: Tensor) -> Tensor:
@@ -47,6 +52,98 @@ def check_sharding(model: nn.Module) -> None:
         raise ValueError(
             f"DeepSpeed ZeRO-3 has taken {partitioned[0]!r} apart, so it cannot be folded. Use DDP or FSDP2."
         )
+
+
+def check_checkpoints_hold_folds() -> None:
+    """Refuse accelerate's FSDP2 with FULL_STATE_DICT for adapters that are folded.
+
+    Trainer has accelerate save the adapter alone. With FULL_STATE_DICT, accelerate takes that for everything that has
+    a gradient, without asking PEFT (`ignore_frozen_params`), so that the folded weights would be missing.
+
+    Raises:
+        ValueError: names the setting that saves them.
+    """
+    from accelerate.state import AcceleratorState, is_initialized
+
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
+    if plugin is None or plugin.fsdp_version != 2 or plugin.state_dict_type.name != "FULL_STATE_DICT":
+        return
+    raise ValueError(
+        "with fsdp_state_dict_type: FULL_STATE_DICT, Trainer's checkpoints lack the weights that folds change "
+        "(merge_interval > 0), and a resumed run would go on from others. Set fsdp_state_dict_type: "
+        "SHARDED_STATE_DICT; for one last whole file, trainer.accelerator.state.fsdp_plugin.set_state_dict_type("
+        "'FULL_STATE_DICT') before trainer.save_model()."
+    )
+
+
+def check_gathered_in_forward(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse targets of which a process never holds the whole weight, as under tensor parallelism.
+
+    A rotation mixes features of the whole weight. FSDP2 gathers it for every forward; tensor parallelism does not.
+
+    Args:
+        targets: name and module of each targeted layer.
+
+    Raises:
+        ValueError: names the module, how its weight is split, and the way out.
+    """
+    gathered = set()
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        gathered = {id(p) for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
+    for name, module in targets:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, DTensor):
+            continue
+        split = [placement for placement in weight.placements if not placement.is_replicate()]
+        if len(split) > (id(weight) in gathered):
+            raise ValueError(
+                f"the weight of {name!r} is split by tensor parallelism ({weight.placements} over "
+                f"{weight.device_mesh}), and a rotation needs all of it. Load the model without tp_plan, and shard it "
+                "with FSDP2 (DistributedConfig(fsdp_size=...), or fully_shard)."
+            )
+
+
+def mesh_of(weight: Tensor | None) -> DeviceMesh | None:
+    """The processes that a weight is spread over; None if each has all of it."""
+    return weight.device_mesh if isinstance(weight, DTensor) else None
+
+
+def keep_replicas_equal(parameter: nn.Parameter, mesh: DeviceMesh) -> None:
+    """Make the copies of a parameter that every process has beside a sharded weight start equal and train alike.
+
+    FSDP2 averages the gradients of what it has sharded. A parameter that was added to a sharded model afterwards is
+    not sharded: every process would train a copy of its own on batches of its own. Here the copies take the first
+    process's values, and their gradients are averaged after every backward, also of accumulated ones: what is averaged
+    already stays as it is. Every process must call it before its first backward; later calls do nothing.
+    """
+    if not parameter.requires_grad or hasattr(parameter, "_poet_average"):
+        return
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+    def average(parameter: nn.Parameter) -> None:
+        for group in groups:
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad.div_(group.size())
+
+    for group in groups:
+        dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
+    parameter._poet_average = parameter.register_post_accumulate_grad_hook(average)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """`torch.nn.utils.clip_grad_norm_` for sharded gradients beside others, as `train_rest` has on a sharded base."""
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(mesh_of(parameter.grad), []).append(parameter)
+    if not by_mesh:
+        return
+    norms = [full(get_total_norm([parameter.grad for parameter in group])) for group in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, norm)
 
 
 def check_whole(name: str, parameter: Tensor, num_entries: int) -> None:

@@ -69,8 +69,6 @@ def train(model, optimizer, first=1, rank=0, world_size=1, after_step=lambda ste
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % MERGE_INTERVAL == 0:
-            merge_and_reinitialize(model, optimizer)
         if world_size > 1:
             dist.all_reduce(total)
         losses.append(total.item() / world_size)

@@ -32,13 +32,15 @@ def text(num_sequences, first=0):
     return [{"input_ids": source[i : i + LENGTH], "labels": source[i : i + LENGTH]} for i in starts]
 
 
-def build(regime, train_rest, dtype="float32", seed=0, dropout=0.1):
+def build(regime, train_rest, dtype="float32", seed=0, dropout=0.1, base=None):
     """A wrapped model. With another seed, everything that a checkpoint has to bring back is different.
 
+    base: the model to wrap; None = a new one.
     With dropout by default, so that the state of the random number generator matters as well.
     """
     periodic = regime == "periodic"
-    base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=dropout)
+    if base is None:
+        base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=dropout)
     interval = MERGE_INTERVAL if periodic else 0
     config = poet_config(regime, train_rest=train_rest, merge_interval=interval, seed=seed)
     torch.manual_seed(seed)
@@ -52,10 +54,10 @@ def build(regime, train_rest, dtype="float32", seed=0, dropout=0.1):
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "RotationMuon": RotationMuon}
 
 
-def make_trainer(case, directory, seed=0, **arguments):
+def make_trainer(case, directory, seed=0, base=None, **arguments):
     case = dict(case)
     options = {key: case.pop(key) for key in ("dtype", "dropout") if key in case}
-    model = build(case.pop("regime"), case.pop("train_rest", False), seed=seed, **options)
+    model = build(case.pop("regime"), case.pop("train_rest", False), seed=seed, base=base, **options)
     eps = case.pop("eps", 1e-8)
     make_optimizer = OPTIMIZERS[case.pop("optimizer", "AdamW")]
     groups = poet_param_groups(model, lr=3e-3, poet_lr=1e-2, weight_decay=0.01)

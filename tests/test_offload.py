@@ -1,0 +1,51 @@
+"""Models whose weights accelerate keeps elsewhere and brings in for each module's own forward."""
+
+import accelerate
+import pytest
+import torch
+from models import bert_classifier, gpt2, llama, logits, wrap
+
+
+def with_biases(model):
+    """A model whose biases are not zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def to_cpu(model, tmp_path):
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def to_disk(model, tmp_path):
+    return accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+
+
+each_place = pytest.mark.parametrize("offload", [to_cpu, to_disk], ids=["cpu", "disk"])
+each_model = pytest.mark.parametrize("make", [llama, gpt2, bert_classifier])
+
+
+@each_place
+@each_model
+def test_offloaded_model_computes_the_same(tmp_path, make, offload):
+    torch.manual_seed(0)
+    model = wrap(with_biases(make()))
+    expected = logits(model)
+    model = offload(model, tmp_path)
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+
+
+@each_place
+def test_offloaded_adapter_can_be_disabled_and_merged(tmp_path, offload):
+    original = logits(llama())
+    model = wrap(llama())
+    rotated = logits(model)
+    model = offload(model, tmp_path)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), original, rtol=0, atol=0)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), rotated, rtol=1e-5, atol=1e-6)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), rotated, rtol=1e-5, atol=1e-6)
