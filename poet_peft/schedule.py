@@ -235,7 +235,7 @@ def _check_not_undone(optimizer: torch.optim.Optimizer, layer: POETLayer, adapte
         if before is None or not bool(before.any()):
             continue
         now = rotation.weight.detach()
-        if bool(torch.linalg.vector_norm(now - before) < torch.linalg.vector_norm(now)):
+        if bool(torch.linalg.vector_norm(now - before) < 0.5 * torch.linalg.vector_norm(now)):
             raise _undone(optimizer)
 
 
