@@ -249,7 +249,8 @@ def _undone(optimizer: torch.optim.Optimizer) -> POETFoldError:
 
 
 def _is_near(x: Tensor, y: Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(x - y) <= 1e-2 * torch.linalg.vector_norm(y))
+    norm = torch.linalg.vector_norm(y)
+    return bool(norm.isfinite() & (torch.linalg.vector_norm(x - y) <= 1e-2 * norm))
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
