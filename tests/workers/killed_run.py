@@ -17,7 +17,7 @@ import transformers
 from peft import PeftModel
 from transformers import TrainerState
 
-import poet_peft.layer
+import poet_peft.fold
 from poet_peft import POETConfig
 
 
@@ -56,16 +56,16 @@ def in_a_fold(step):
     def replace(fold):
         folded = []
 
-        def until_the_third(layer, *args, **kwargs):
+        def until_the_third(item):
             if Step.current == step:
                 if len(folded) == 3:
                     die()
-                folded.append(layer)
-            return fold(layer, *args, **kwargs)
+                folded.append(item)
+            return fold(item)
 
         return until_the_third
 
-    patch(poet_peft.layer.POETLayer, "fold", replace)
+    patch(poet_peft.fold, "_fold_layer", replace)
 
 
 def in_the_adapter_file(step):
