@@ -37,7 +37,7 @@ def hub(tmp_path_factory):
             cwd=directory,
             capture_output=True,
             text=True,
-            timeout=170,
+            timeout=600,
         )
         finished = hub.run(WORKER, directory)
         assert finished.returncode == 0, finished.stderr[-4000:]
