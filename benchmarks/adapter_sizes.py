@@ -1,6 +1,6 @@
 """Measures adapter files at about equal parameter counts, on SmolLM2-135M's shapes with all linear layers adapted.
 
-python benchmarks/adapter_sizes.py   # writes benchmarks/results/adapter-sizes.json
+python -m benchmarks.adapter_sizes   # writes benchmarks/results/adapter-sizes.json
 
 The base model has random weights: an adapter's size does not depend on them. Adapters are fp32, as PEFT makes them.
 """

@@ -1,6 +1,6 @@
 """Where the time of a rotated layer goes, by kind of operation, beside a linear layer trained in full.
 
-python benchmarks/breakdown.py    # writes results/breakdown-cpu.json; under a minute on two CPU cores
+python -m benchmarks.breakdown    # writes results/breakdown-cpu.json; under a minute on two CPU cores
 
 For the shapes whose targets are the hardest to meet. Operations are timed by torch's profiler, which slows small ones
 down a little; what it does not see as an operation (Python) is left out.
@@ -10,11 +10,12 @@ import argparse
 import json
 from pathlib import Path
 
-from harness.methods import is_poet
-from harness.one_layer import LayerContender
-from harness.results import start
-from report.breakdown import RESULT
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness.methods import is_poet
+from benchmarks.harness.one_layer import LayerContender
+from benchmarks.harness.results import start
+from benchmarks.report.breakdown import RESULT
 
 
 CELLS = [(512, 512, 4096), (512, 512, 2048), (512, 1376, 2048), (512, 512, 256)]

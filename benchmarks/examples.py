@@ -2,9 +2,9 @@
 
 The cards in `model_cards/` are written from the same results, see `cards.py`.
 
-    python benchmarks/examples.py --run classify.py --data_dir DIR    # runs it, keeps what it printed and its time
-    python benchmarks/examples.py                                     # rewrite examples/README.md
-    python benchmarks/examples.py --check                             # fail if it is not what the results say
+    python -m benchmarks.examples --run classify.py --data_dir DIR    # runs it, keeps what it printed and its time
+    python -m benchmarks.examples                                     # rewrite examples/README.md
+    python -m benchmarks.examples --check                             # fail if it is not what the results say
 
 DIR holds the data under the names that the commands use: `gsm8k/train.jsonl`, `sst2/train.tsv` and so on.
 """
@@ -24,12 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "examples"
 README = ROOT / "examples" / "README.md"
+METRICS = "***** all metrics *****\n"  # as `Trainer.log_metrics` heads them
 MARKERS = "<!-- examples:begin -->", "<!-- examples:end -->"
 EXAMPLES = {  # what it shows, and its flags
     "pretrain.py": ("pretraining a small Llama from scratch, inside Trainer", ""),
     "training_loop.py": ("a plain PyTorch loop with exact resume", "--output_dir loop-output"),
     "finetune.py": (
-        "supervised fine-tuning with TRL, beside LoRA, OFT and full fine-tuning",
+        "supervised fine-tuning with TRL",
         "--data gsm8k/train.jsonl --test_data gsm8k/test.jsonl",
     ),
     "classify.py": (
@@ -50,8 +51,8 @@ def run(name, data_dir):
         result = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.perf_counter() - start
         metrics = [json.loads(path.read_text("utf-8")) for path in Path(directory).glob("*-output/metrics.json")]
-    _, separator, end = result.stdout.rpartition("\n---\n")
-    printed = end if separator else "\n".join(result.stdout.splitlines()[-2:])
+    _, separator, end = result.stdout.rpartition(METRICS)
+    printed = separator + end if separator else "\n".join(result.stdout.splitlines()[-2:])
     kept = {
         "seconds": seconds,
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

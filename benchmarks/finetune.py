@@ -1,12 +1,12 @@
 """The fine-tuning comparison: SmolLM2-135M on GSM8K, each method at learning rates around its best, two seeds of that.
 
-    python benchmarks/finetune.py --data gsm8k/train.jsonl --test_data gsm8k/test.jsonl --workers 2
-    python benchmarks/finetune.py --list                     # what is still to run, as far as it is known by now
+    python -m benchmarks.finetune --data gsm8k/train.jsonl --test_data gsm8k/test.jsonl --workers 2
+    python -m benchmarks.finetune --list                     # what is still to run, as far as it is known by now
 
-Runs `examples/finetune.py` in processes of their own and keeps what each measured in `results/finetune/<name>.json`.
-Runs that are there are not run again, so it can be stopped and started at any time. Where the best learning rate of a
+Runs `benchmarks/finetune_run.py` in processes of their own and keeps what each measured in `results/finetune/`. Runs
+that are there are not run again, so it can be stopped and started at any time. Where the best learning rate of a
 method turns out to be at the edge of those tried, the next one beyond it is tried too; then one more, between the best
-and the better of its neighbours. Afterwards it writes the picture; `python benchmarks/tables.py` writes the tables.
+and the better of its neighbours. Afterwards it writes the picture; `python -m benchmarks.tables` writes the tables.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from report import finetune as report
-from report.finetune import Run
+from benchmarks.report import finetune as report
+from benchmarks.report.finetune import Run
 
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
+ROOT = Path(__file__).parents[1]
 SEEDS = 42, 43
 BLOCK = 32  # POET's block size at about the parameters of LoRA r = 16 and OFT b = 64
 ADAMW, MUON = ["--rotation_optimizer", "adamw"], ["--rotation_optimizer", "muon"]
@@ -153,16 +153,17 @@ def wanted():
 
 
 def execute(name, flags, args):
-    """One run of the example; what it measured goes into a file of its name."""
+    """One run; what it measured goes into a file of its name."""
     if (report.RESULTS / f"{name}.json").is_file():  # another process has run it meanwhile
         return
     with tempfile.TemporaryDirectory() as directory:
-        data = ["--data", args.data, "--steps", args.steps]
+        data = ["--data", args.data, "--max_steps", args.steps]
         data += ["--num_test_rows", args.num_test_rows, "--num_prose_tokens", args.num_prose_tokens]
         if args.test_data:
             data += ["--test_data", args.test_data]
-        command = [sys.executable, EXAMPLE, *data, *flags, "--save_merged", "False", "--output_dir", directory]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        command = [sys.executable, "-m", "benchmarks.finetune_run", *data, *flags, "--output_dir", directory]
+        path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": os.pathsep.join(path)}
         run = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
         if run.returncode:
             print(f"{name} failed:\n{run.stderr}", file=sys.stderr, flush=True)

@@ -1,19 +1,19 @@
 """Time and memory of one layer, forward and backward, against a linear layer trained in full.
 
-    python benchmarks/layer.py                                  # CPU, about ten minutes on two cores
-    python benchmarks/layer.py --device cuda --dtype bfloat16
-    python benchmarks/layer.py --shapes 512x1376 --tokens 4096 --methods full,poet-128
+    python -m benchmarks.layer                                  # CPU, about ten minutes on two cores
+    python -m benchmarks.layer --device cuda --dtype bfloat16
+    python -m benchmarks.layer --shapes 512x1376 --tokens 4096 --methods full,poet-128
 
 All methods run in one process, interleaved, and every ratio is to the full layer of the same round. Gradients reach
 the input and the parameters, from a given gradient of the output. POET has two timings: "first" is the first
 micro-batch after an optimizer step, which changed the rotations; "later" is another one with the same rotations.
 """
 
-from harness import flags
-from harness.methods import check_method, is_poet, why_not
-from harness.one_layer import LayerContender
-from harness.results import ResultFile, start
-from harness.timing import Budget, interleave, summarize
+from benchmarks.harness import flags
+from benchmarks.harness.methods import check_method, is_poet, why_not
+from benchmarks.harness.one_layer import LayerContender
+from benchmarks.harness.results import ResultFile, start
+from benchmarks.harness.timing import Budget, interleave, summarize
 
 
 METHODS = "full,frozen,lora-64,oft-32,oft-64,oft-256,boft-4,poet-64,poet-128,poet-256,poet-fs-1/2,poet-128-efficient"

@@ -1,8 +1,8 @@
 """Time and memory of whole training steps of a Llama, by method.
 
-    python benchmarks/model.py                          # Llama-60M, batch 8 x 256, about eight minutes on two cores
-    python benchmarks/model.py --model 20m --micro-batches 1
-    python benchmarks/model.py --device cuda --dtype bfloat16 --model 130m --batch-size 32
+    python -m benchmarks.model                          # Llama-60M, batch 8 x 256, about eight minutes on two cores
+    python -m benchmarks.model --model 20m --micro-batches 1
+    python -m benchmarks.model --device cuda --dtype bfloat16 --model 130m --batch-size 32
 
 Random weights and random tokens. Each method has a model of its own; all are in one process, and their steps are
 interleaved. A step is `--micro-batches` times forward and backward, and the optimizer's step. With `--rest train`, as
@@ -11,11 +11,11 @@ in pretraining, embeddings, norms and the output head train in every method; wit
 
 import time
 
-from harness import flags
-from harness.llama import MERGE_INTERVAL, PRESETS, LlamaContender
-from harness.methods import check_method, is_poet
-from harness.results import ResultFile, start
-from harness.timing import Budget, interleave, summarize
+from benchmarks.harness import flags
+from benchmarks.harness.llama import MERGE_INTERVAL, PRESETS, LlamaContender
+from benchmarks.harness.methods import check_method, is_poet
+from benchmarks.harness.results import ResultFile, start
+from benchmarks.harness.timing import Budget, interleave, summarize
 
 
 METHODS = "full,lora-64,oft-64,poet-64,poet-128,poet-256,poet-fs-1/2,poet-128-efficient"

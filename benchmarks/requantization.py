@@ -1,6 +1,6 @@
 """What folding into a quantized weight costs: the error that each of 20 folds adds, and how it adds up.
 
-    python benchmarks/requantization.py --out benchmarks/results/requantization.json
+    python -m benchmarks.requantization --out benchmarks/results/requantization.json
 
 One 256 x 256 weight is quantized, rotated at random and folded, again and again. Beside it, in fp64, the weight that
 the same folds give without requantizing. Errors are Frobenius norms of the difference over the norm of that weight, as
@@ -61,14 +61,15 @@ def measure(name: str, angle: float, seed: int) -> dict:
     config = POETConfig(target_modules=["layer"], block_size=BLOCK_SIZE, merge_interval=1, allow_requantize=True)
     model = get_peft_model(Model(quantized_layer(name, seed)), config)
     layer = model.base_model.model.layer
-    weight = layer.quantized_format.dequantize(layer.get_base_layer()).double()
+    weight = layer.base_weight.read().double()
     start, generator = weight, torch.Generator().manual_seed(seed)
     added, total = [], []
     for _ in range(NUM_FOLDS):
         turn(layer, angle, generator)
-        weight = reference.effective_weight(weight, *layer._tensors(["default"]))
+        R, P = ([(side.index, side.deltas()) for side in sides] for sides in layer.sides(["default"]))
+        weight = reference.effective_weight(weight, R, P)
         added.append(merge_and_reinitialize(model).requantization_error)
-        folded = layer.quantized_format.dequantize(layer.get_base_layer()).double()
+        folded = layer.base_weight.read().double()
         total.append(float((folded - weight).norm() / weight.norm()))
     before, after = torch.linalg.svdvals(start), torch.linalg.svdvals(folded)
     return {

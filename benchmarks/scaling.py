@@ -1,7 +1,7 @@
 """How time and memory grow with tokens, width, block size and depth.
 
-    python benchmarks/scaling.py                      # CPU, about five minutes on two cores
-    python benchmarks/scaling.py --device cuda --tokens 4096,8192,16384,32768 --widths 2048,4096,8192
+    python -m benchmarks.scaling                      # CPU, about five minutes on two cores
+    python -m benchmarks.scaling --device cuda --tokens 4096,8192,16384,32768 --widths 2048,4096,8192
 
 One quantity is swept at a time. Tokens, width and block size belong to one square layer, depth to a Llama. The
 exponents are slopes of straight lines fitted to the upper half of each sweep, in logarithms; beside them stand those
@@ -9,12 +9,12 @@ of the formulas in `harness/formulas.py`, evaluated at the same points. Memory i
 backward. For a Llama the formulas count the linear layers, the head and the embedding, and no attention.
 """
 
-from harness import flags, formulas
-from harness.fits import upper_half_exponent
-from harness.llama import LlamaContender, linear_shapes
-from harness.one_layer import LayerContender
-from harness.results import ResultFile, start
-from harness.timing import Budget, interleave, summarize
+from benchmarks.harness import flags, formulas
+from benchmarks.harness.fits import upper_half_exponent
+from benchmarks.harness.llama import LlamaContender, linear_shapes
+from benchmarks.harness.one_layer import LayerContender
+from benchmarks.harness.results import ResultFile, start
+from benchmarks.harness.timing import Budget, interleave, summarize
 
 
 QUICK = {

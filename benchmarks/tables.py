@@ -1,8 +1,8 @@
 """Writes what README.md, docs/ and benchmarks/README.md say about results, and the plots, from benchmarks/results/.
 
-python benchmarks/tables.py --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
-python benchmarks/tables.py                       # rewrite the pages and benchmarks/plots/
-python benchmarks/tables.py --check               # fail if one of them is not what the results say
+python -m benchmarks.tables --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
+python -m benchmarks.tables                       # rewrite the pages and benchmarks/plots/
+python -m benchmarks.tables --check               # fail if one of them is not what the results say
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from report import (
+from benchmarks.report import (
     adapter_sizes,
     breakdown,
     finetune,

@@ -91,6 +91,14 @@ class POETCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            # transformers makes one more step when it resumes a finished run.
+            warnings.warn(
+                f"the run was finished already, after {state.global_step} of {state.max_steps} steps: the model is "
+                "left as it is. To train on, raise max_steps."
+            )
+            model.zero_grad(set_to_none=True)
+            return
         fraction = min(self._clip_fraction(layer, adapter) for layer, adapter in _trained_adapters(model))
         if fraction < 1 and args.max_grad_norm:
             clip_grad_norm(model.parameters(), fraction * args.max_grad_norm)

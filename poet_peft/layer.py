@@ -15,12 +15,13 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .config import POETConfig
-from .errors import POETCheckpointError, POETReferenceError
+from .errors import POETCheckpointError
 from .maths.blocks import partition_side, rotated_sides
 from .ops import reference
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
 from .ops.sides import Side
+from .original import check_can_be_disabled, check_deletable
 from .rotation import Rotation
 from .state import AdapterState
 from .weights.base import BaseWeight, base_weight_of
@@ -314,51 +315,7 @@ class POETLayer(BaseTunerLayer):
             )
         self._lacks_base_weight = False
 
-    # The original model
-
-    def check_original_available(self, operation: str) -> None:
-        """Refuse an operation that needs the weights from before training, if they are gone.
-
-        Raises:
-            POETReferenceError: names the module and the ways out.
-        """
-        ways_out = (
-            "a separate copy of the model as reference (in TRL: ref_model=...), or training without folds "
-            "(merge_interval=0, train_rest=False)"
-        )
-        if any(config.train_rest for config in self.poet_config.values()):
-            raise POETReferenceError(
-                f"{operation} cannot give the original model: train_rest=True trains parameters outside the rotated "
-                f"layers. Ways out: {ways_out}."
-            )
-        folds = max((self.state(name).num_folds for name in self.poet_config), default=0)
-        if folds and self.poet_initial_weight is None:
-            raise POETReferenceError(
-                f"{operation} cannot give the original model: the rotations of {self.module_name!r} were folded into "
-                f"its weight {folds} times. Ways out: POETConfig(keep_initial_weights=True), {ways_out}."
-            )
-
-    def check_can_be_disabled(self) -> None:
-        """Refuse to disable adapters where the original model is gone, or will be gone in the midst of training.
-
-        What is asked for a reference at every step, as by TRL, is refused at the first one.
-
-        Raises:
-            POETReferenceError: names the module and the ways out.
-        """
-        self.check_original_available("disable_adapter")
-        folds_ahead = self.training and any(
-            self.is_periodic(name) and rotation.weight.requires_grad
-            for name in self.poet_config
-            for rotation in self.rotations(name)
-        )
-        if folds_ahead and self.poet_initial_weight is None:
-            raise POETReferenceError(
-                f"disable_adapter gives the original model only until the first fold, and {self.module_name!r} is in "
-                "training mode with merge_interval > 0. Ways out: POETConfig(keep_initial_weights=True), a separate "
-                "copy of the model as reference (in TRL: ref_model=...), merge_interval=0, or model.eval() if no "
-                "training follows."
-            )
+    # The original model, see `original`
 
     def restore_initial_weight(self) -> None:
         """Write the weight from before any fold back into the base layer, if a copy is kept."""
@@ -367,22 +324,15 @@ class POETLayer(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
-            self.check_can_be_disabled()
+            check_can_be_disabled(self)
         super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.check_deletable(adapter_name)
+        check_deletable(self, adapter_name)
         if self.has_adapter(adapter_name) and self.state(adapter_name).num_folds:
             self.restore_initial_weight()
         self._states.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
-
-    def check_deletable(self, adapter_name: str) -> None:
-        """Refuse to delete an adapter whose folds cannot be taken back."""
-        if not self.has_adapter(adapter_name):
-            return
-        if self.poet_config[adapter_name].train_rest or self.state(adapter_name).num_folds:
-            self.check_original_available("delete_adapter")
 
     # Scaling, which PEFT asks of every layer, has no meaning for a rotation
 

@@ -23,6 +23,7 @@ from .config import POETConfig
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import Linear, POETLayer, poet_layers
+from .original import check_can_be_disabled, check_deletable, check_original_available
 from .targets import check_supported, check_targets, leave_out, warn_of_unreached_weights
 from .weights.initial import draw_weight
 from .weights.plain import features, weight_as_matrix
@@ -99,7 +100,7 @@ class POETModel(BaseTuner):
         if len(self.peft_config) < 2:
             return
         for name, other in self.peft_config.items():
-            if other.train_rest:
+            if isinstance(other, POETConfig) and other.train_rest:
                 raise ValueError(
                     f"the adapter {name!r} has train_rest=True, which changes parameters that every adapter of the "
                     "model depends on: it cannot be combined with others. Train it in a model of its own."
@@ -196,12 +197,12 @@ class POETModel(BaseTuner):
 
     def disable_adapter_layers(self) -> None:
         for _, layer in poet_layers(self.model):
-            layer.check_can_be_disabled()
+            check_can_be_disabled(layer)
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         for _, layer in poet_layers(self.model):
-            layer.check_deletable(adapter_name)
+            check_deletable(layer, adapter_name)
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
@@ -212,7 +213,7 @@ class POETModel(BaseTuner):
         """
         layers = [layer for _, layer in poet_layers(self.model)]
         for layer in layers:
-            layer.check_original_available("unload")
+            check_original_available(layer, "unload")
         for layer in layers:
             if layer.merged:
                 layer.unmerge()

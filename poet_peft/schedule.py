@@ -2,8 +2,8 @@
 
 `follow_optimizers` sets the hook once for the process. After a step of an optimizer that holds rotations, their layers
 count it in the adapter's state, which is saved and loaded with the adapter, and folds that are due happen. A step that
-a gradient scaler skipped is not counted. Where several optimizers share the rotations of a layer, a step is complete
-when each of its trainable rotations was stepped once.
+a gradient scaler skipped, or in which no rotation had a gradient, is not counted. Where several optimizers share the
+rotations of a layer, a step is complete when each of its trainable rotations was stepped once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import POETFoldError
 from .fold import FoldItem, MergeReport, check_can_fold, check_foldable, fold
 from .layer import POETLayer, living_layers
 from .rotation import Rotation
-from .weights.sharded import check_checkpoints_hold_folds, check_whole, reshard_all
+from .weights.sharded import check_checkpoints_hold_folds, check_whole, full, reshard_all
 
 
 # Over so many steps rotations grow far beyond what one step adds, so that one which came back is told from a new one.
@@ -36,13 +36,15 @@ class _Progress:
     """What is known of a layer's training in this process.
 
     Attributes:
-        stepped: the optimizers that stepped each rotation since the last complete step, by adapter and side.
+        held_by: the optimizer that stepped each rotation last, by adapter and side.
+        stepped: adapters and sides that were stepped since the last complete step.
         trained: adapters and sides that ever had a gradient.
         checked: adapters whose first step was looked at for rotations without gradient.
         folded_away: rotations as they were before a fold, until the step after it.
     """
 
-    stepped: dict[tuple[str, str], weakref.ref] = field(default_factory=dict)
+    held_by: dict[tuple[str, str], weakref.ref] = field(default_factory=dict)
+    stepped: set[tuple[str, str]] = field(default_factory=set)
     trained: set[tuple[str, str]] = field(default_factory=set)
     checked: set[str] = field(default_factory=set)
     folded_away: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -73,10 +75,14 @@ def take_report(optimizer: torch.optim.Optimizer) -> MergeReport | None:
 @torch._dynamo.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     layers = living_layers()
-    if not layers or _was_skipped(optimizer):
+    if not layers or _was_skipped(optimizer) or _only_made_state(optimizer):
         return
     reshard_all()
+    # A step without any gradient moves nothing, as the one that Trainer adds to a finished run.
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    mine = [r for layer in layers for adapter in layer.poet_config for r in layer.rotations(adapter)]
+    if not any(rotation.weight.grad is not None for rotation in mine if id(rotation.weight) in held):
+        return
     stepped = [(layer, adapter) for layer in layers for adapter in _complete_steps(layer, optimizer, held)]
     if not stepped:
         return
@@ -101,6 +107,17 @@ def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
+def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step only served to make the optimizer's state.
+
+    `torch.distributed.checkpoint` takes such a step before it loads a state: with learning rates and gradients of 0.
+    """
+    if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+        return False
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return not any(bool(full(parameter.grad.any())) for parameter in parameters if parameter.grad is not None)
+
+
 def _trainable(layer: POETLayer, adapter: str) -> list[Rotation]:
     return [rotation for rotation in layer.rotations(adapter) if rotation.weight.requires_grad]
 
@@ -115,10 +132,13 @@ def _complete_steps(layer: POETLayer, optimizer: torch.optim.Optimizer, held: se
         progress = _progress.setdefault(layer, _Progress())
         for rotation in mine:
             key = (adapter, rotation.side)
-            progress.stepped[key] = weakref.ref(optimizer)
+            progress.held_by[key] = weakref.ref(optimizer)
+            progress.stepped.add(key)
             if rotation.weight.grad is not None:
                 progress.trained.add(key)
-        if all((adapter, rotation.side) in progress.stepped for rotation in rotations):
+        keys = {(adapter, rotation.side) for rotation in rotations}
+        if keys <= progress.stepped:
+            progress.stepped -= keys
             yield adapter
 
 
@@ -128,7 +148,7 @@ def _fold(due: Sequence[FoldItem], optimizer: torch.optim.Optimizer) -> None:
         progress = _progress[layer]
         for rotation in layer.rotations(adapter):
             check_whole(layer.module_name, rotation.weight, rotation.partition.num_parameters)
-            held_by = progress.stepped.get((adapter, rotation.side), lambda: None)()
+            held_by = progress.held_by.get((adapter, rotation.side), lambda: None)()
             optimizers |= {held_by} if held_by is not None else set()
             if (adapter, rotation.side) not in progress.trained and rotation.weight.requires_grad:
                 _check_identity(layer, rotation)
@@ -211,7 +231,6 @@ def _check_not_undone(optimizer: torch.optim.Optimizer, layer: POETLayer, adapte
     """
     progress = _progress[layer]
     for rotation in layer.rotations(adapter):
-        progress.stepped.pop((adapter, rotation.side), None)
         before = progress.folded_away.pop((adapter, rotation.side), None)
         if before is None or not bool(before.any()):
             continue

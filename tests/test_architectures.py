@@ -25,6 +25,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -140,6 +142,9 @@ ARCHITECTURES = {
         causal,
         14,
         tied=True,
+    ),
+    "falcon": Architecture(  # linear layers of its own class, and outputs that are added to in place
+        lambda: FalconForCausalLM(FalconConfig(**DECODER, bias=False, parallel_attn=True)), causal, 8, tied=True
     ),
     "bert": Architecture(
         lambda: BertForSequenceClassification(BertConfig(**ENCODER, vocab_size=128, num_labels=3)),

@@ -9,16 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import tables
 import torch
-from harness import formulas
-from harness.fits import power_law, upper_half, upper_half_exponent
-from harness.llama import PRESETS, linear_shapes, llama, targeted_layers
-from harness.memory import measure_memory
-from harness.methods import adamw, check_method, why_not
-from harness.one_layer import LayerContender
-from harness.timing import interleave, quartiles, summarize
 from torch import nn
+
+from benchmarks import gpu, tables
+from benchmarks.harness import formulas
+from benchmarks.harness.fits import power_law, upper_half, upper_half_exponent
+from benchmarks.harness.llama import PRESETS, linear_shapes, llama, targeted_layers
+from benchmarks.harness.memory import measure_memory
+from benchmarks.harness.methods import adamw, check_method, why_not
+from benchmarks.harness.one_layer import LayerContender
+from benchmarks.harness.timing import interleave, quartiles, summarize
+from poet_peft.ops import paths
 
 
 ROOT = Path(__file__).parents[1]
@@ -202,8 +204,9 @@ def quick(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, ROOT / "benchmarks" / f"{command}.py", "--quick"]
+            [sys.executable, "-m", f"benchmarks.{command}", "--quick"]
             + ["--output", directory / "results" / f"{command}-quick.json"],
+            cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -284,9 +287,36 @@ def test_tables_and_plots_are_current_once_written_and_outdated_after_another_re
 
 def test_missing_result_names_the_command(tmp_path):
     for command in tables.SECTIONS:
-        assert tables.section(command, tmp_path) == f"Not measured yet: run `python benchmarks/{command}.py`.\n"
+        assert tables.section(command, tmp_path) == f"Not measured yet: run `python -m benchmarks.{command}`.\n"
 
 
 def test_page_without_markers_is_refused():
     with pytest.raises(ValueError, match="<!-- layer:begin --> ... <!-- layer:end --> once, found it 0 times"):
         tables.filled_in("# Benchmarks", {"layer": "text\n"})
+
+
+@pytest.mark.slow
+def test_gpu_command_checks_every_path_and_measures_the_costs_of_choosing_one(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--dtype", "float32", "--quick"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", tmp_path / "results.json"], cwd=ROOT, env=environment, check=True, timeout=300)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {check["path"] for check in results["correctness"] if check["ok"]} == set(gpu.TIMED_PATHS)
+    assert all(check["ok"] for check in results["correctness"])
+    assert paths.PathCosts(**results["costs"]).block_flop > 0
+    assert all(row["regret"] >= 1 and row["chosen"] in gpu.TIMED_PATHS for row in results["choices"])
+    assert set(results["layers"][0]["timings"]) >= {"full", "frozen", "poet-8 first", "poet-8 later"}
+
+
+def test_costs_are_those_of_a_device_whose_times_follow_the_model():
+    costs = paths.PathCosts(rotating=50, rotating_weight=40, gathering=3, weight_entry=7, block_flop=2)
+    N, dim, b, flop = 128, 96, 16, 1e-9
+    seconds = {
+        "plain": flop * 2 * N * dim * dim,
+        "rotating": flop * N * dim * (2 * b + costs.rotating),
+        "rotating_weight": flop * dim * dim * (2 * b + costs.rotating_weight),
+        "gathering": flop * N * dim * (2 * b + 2 * costs.gathering),
+        "weight_entry": flop * dim * dim * costs.weight_entry,
+        "block_flop": flop * costs.block_flop * 2 * dim * b**2,
+    }
+    assert gpu.costs_of(N, dim, b, seconds) == pytest.approx(costs._asdict())

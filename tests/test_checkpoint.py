@@ -13,6 +13,7 @@ from models import (
     PERIODIC,
     REGIMES,
     assert_same_state,
+    bert_classifier,
     llama,
     llama_classifier,
     logits,
@@ -667,3 +668,21 @@ def test_state_dict_taken_from_a_live_model_loads_into_another(saved):
     target = wrap(case.load_base(), "periodic", rotation_seed=3)
     set_peft_model_state_dict(target, get_peft_model_state_dict(source))
     assert torch.equal(logits(target.eval()), case.logits)
+
+
+def test_rotations_stay_in_fp32_when_transformers_loads_them_into_a_bfloat16_model(saved):
+    base = llama().to(torch.bfloat16)
+    base.load_adapter(str(saved("block_stochastic").adapter))
+    rotations = {name: p for name, p in base.named_parameters() if ".poet_R." in name or ".poet_P." in name}
+    expected = load_file(saved("block_stochastic").adapter / "adapter_model.safetensors")
+    assert {p.dtype for p in rotations.values()} == {torch.float32}
+    name = "model.layers.0.self_attn.q_proj.poet_R.default.weight"
+    assert torch.equal(rotations[name], expected["base_model.model." + name.replace(".default", "")])
+
+
+def test_file_with_other_biases_is_refused_by_that_setting(tmp_path):
+    wrap(bert_classifier(), bias="all").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": "none"}))
+    with pytest.raises(POETCheckpointError, match="do not belong into it with .*bias='none'"):
+        PeftModel.from_pretrained(bert_classifier(), tmp_path)

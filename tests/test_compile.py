@@ -159,3 +159,13 @@ def test_compiled_model_trains_through_folds_as_the_eager_one():
             if step % 2:
                 merge_and_reinitialize(model, optimizer)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_sequences_of_three_lengths_need_no_break():
+    """The path is chosen by shapes, which a compiler holds for symbols after the second one."""
+    model = wrap(llama())
+    forward = compiled(model)
+    for length in (12, 20, 33):
+        input_ids = tokens(length=length)
+        assert_close(language_loss(model, forward, input_ids), language_loss(model, model, input_ids))
+    assert num_compilations() <= 2

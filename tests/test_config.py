@@ -74,6 +74,11 @@ BAD = {
     "reinit_interval-no-multiple": ({"merge_interval": 10, "reinit_interval": 25}, "reinit_interval=25"),
     "reinit_interval-below": ({"merge_interval": 10, "reinit_interval": 5}, "reinit_interval=5"),
     "reinit_interval-without-folds": ({"reinit_interval": 5}, "reinit_interval=5"),
+    "max_drift-0": ({"max_drift": 0}, "max_drift=0 must be a positive number"),
+    "max_drift-nan": ({"max_drift": math.nan}, "max_drift=nan"),
+    "max_drift-bool": ({"max_drift": True}, "max_drift=True"),
+    "max_drift-text": ({"max_drift": "1%"}, "max_drift='1%'"),
+    "adaptive_terms-none": ({"adaptive_terms": None}, "adaptive_terms=None must be True or False"),
     "seed-negative": ({"seed": -1}, "seed=-1"),
     "seed-numpy-negative": ({"seed": np.int64(-1)}, "seed=np.int64(-1)"),
     "seed-float": ({"seed": 0.5}, "seed=0.5"),
@@ -120,6 +125,7 @@ FILLED = {
         "keep_initial_weights": True,
         "memory_efficient": True,
         "compensated_folds": False,
+        "max_drift": 0.5,
         "allow_requantize": True,
         "seed": 2**40 + 1,
         "init_weights": False,
@@ -131,7 +137,13 @@ FILLED = {
         "bias": "poet_only",
         "block_size_pattern": {"q_proj": 0.5, "v_proj": 8},
     },
-    "train-rest": {"train_rest": True, "block_size": 16, "target_modules": "all-linear", "layers_to_transform": 0},
+    "train-rest": {
+        "train_rest": True,
+        "adaptive_terms": False,
+        "block_size": 16,
+        "target_modules": "all-linear",
+        "layers_to_transform": 0,
+    },
 }
 OWN_FIELDS = {field.name for field in fields(POETConfig)} - {field.name for field in fields(PeftConfig)}
 
@@ -181,6 +193,7 @@ NUMPY = {
     "seed": (np.uint64(2**63 - 1), 2**63 - 1),
     "layers_to_transform": (np.arange(2), [0, 1]),
     "block_size_pattern": ({"q_proj": np.int64(8)}, {"q_proj": 8}),
+    "max_drift": (np.float32(0.5), 0.5),
     "train_rest": (np.True_, True),
 }
 

@@ -1,9 +1,13 @@
 """The runner of the fine-tuning comparison asks for the right runs, and its report says what they measured."""
 
 import json
+import sys
 
-import finetune
 import pytest
+from models import llama
+from test_examples import byte_tokenizer, write_questions
+
+from benchmarks import finetune, finetune_run
 
 
 # The learning rate at which a pretended method is at its best.
@@ -98,3 +102,69 @@ def test_report_of_all_runs_is_finished(finished):
 def test_picture_shows_every_method(finished, tmp_path):
     finished.report.plot(tmp_path / "plots" / "finetune.png")
     assert (tmp_path / "plots" / "finetune.png").stat().st_size > 10_000
+
+
+# One run
+
+
+def flags_of(directory, *flags):
+    """A run on a tiny Llama and 24 questions."""
+    tokenizer = byte_tokenizer()
+    llama(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    write_questions(directory / "data.jsonl")
+    small = ["--num_test_rows", 8, "--num_prose_tokens", 256, "--max_steps", 8, "--learning_rate", 1e-2]
+    data = ["--model", directory / "model", "--data", directory / "data.jsonl", "--output_dir", directory / "run"]
+    return [str(flag) for flag in ("finetune_run", *small, *data, *flags)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--variant", "fully_stochastic", "--block_size", 0.5, "--train_norms", "True"],
+        ["--block_size", 8, "--merge_interval", 4, "--freeze", "poet_P", "--rotation_optimizer", "adamw"],
+        ["--block_size", 8, "--merge_interval", 4],
+        ["--method", "oft", "--block_size", 8],
+        ["--method", "lora", "--rank", 2],
+        ["--method", "full"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_every_method_learns_and_measures_what_is_kept(tmp_path, flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", flags_of(tmp_path, *flags))
+    finetune_run.main()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] - 0.01
+    assert set(finetune.KEPT) <= set(metrics) and set(finetune.KEPT_SETTINGS) <= set(metrics["settings"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("block_size", [0.25, 16.0, 64.0])
+def test_default_learning_rate_turns_every_block_size_by_the_same_angle(block_size, optimizer):
+    model = llama()
+    args = finetune_run.Arguments(block_size=block_size, rotation_optimizer=optimizer)
+    b = block_size if block_size > 1 else block_size * model.config.hidden_size
+    radians_by_rate = {"adamw": 2 * b**0.5, "muon": 1}[optimizer]
+    angle = finetune_run.default_learning_rate(args, model) * radians_by_rate
+    assert angle == pytest.approx(finetune_run.RADIANS_PER_STEP[optimizer])
+
+
+REFUSED_FLAGS = {
+    "--method lora --block_size 8": "--block_size 8.0 does not belong to --method lora",
+    "--method full --rotation_optimizer muon": "--rotation_optimizer muon does not belong to --method full",
+    "--rotation_optimizer sgd": "--rotation_optimizer sgd: one of adamw, muon",
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED_FLAGS.items(), ids=REFUSED_FLAGS)
+def test_flags_that_cannot_be_are_refused(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["finetune_run", *flags.split()])
+    with pytest.raises(SystemExit, match=message):
+        finetune_run.parse_arguments()
+
+
+def test_prose_is_long_enough_and_starts_with_sentences():
+    prose = finetune_run.read_prose(None)
+    assert len(prose) > 5 * 8192  # bytes, for 8192 tokens
+    assert all(paragraph[0].isupper() and paragraph.endswith(".") for paragraph in prose.split("\n\n"))

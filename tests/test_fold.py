@@ -505,3 +505,51 @@ def test_fold_goes_through_once_the_obstacle_is_gone():
     model, _, _ = refusal_with_two_adapters()
     model.delete_adapter("other")
     assert merge_and_reinitialize(model).num_layers == 2
+
+
+# Drift
+
+
+def largest_change(layer, before):
+    """Of a singular value, over the largest one."""
+    return float((singular_values(layer) - before).abs().max() / before[0])
+
+
+@pytest.mark.parametrize("theta", [0.02, 0.2, 0.5, 2.0])
+def test_many_folds_keep_singular_values(theta):
+    """With default settings, whatever the angle: only rounding is left of a drift."""
+    model, layer = periodic(Case("square", 32, 32, block_size=16, bias=False))
+    before = singular_values(layer)
+    for seed in range(100):
+        randomize(model, theta, seed=1000 + seed)
+        merge_and_reinitialize(model)
+    assert largest_change(layer, before) < 1e-5
+
+
+def test_long_adapter_runs_keep_singular_values():
+    """Without folds the angle grows with every step; the series alone would have left its range."""
+    model, layer = rotated(Case("square", 32, 32, block_size=32, bias=False), theta=0.0)
+    before = singular_values(layer)
+    generator = torch.Generator().manual_seed(0)
+    directions = [torch.randn(r.weight.numel(), generator=generator) * 1.7e-3 / 8 for r in layer.rotations("default")]
+    for num_steps in (300, 1000, 2500):
+        with torch.no_grad():
+            for rotation, direction in zip(layer.rotations("default"), directions, strict=True):
+                rotation.weight.copy_(num_steps * direction)
+        effective = layer(torch.eye(32)).detach().T.double()
+        change = (torch.linalg.svdvals(effective) - before).abs().max() / before[0]
+        assert change < 1e-5
+    assert max(rotation.angle() for rotation in layer.rotations("default")) > 1
+
+
+@pytest.mark.parametrize("theta, outcome", [(0.25, "warns"), (0.9, "raises")])
+def test_drift_of_a_series_out_of_its_range_is_named(theta, outcome):
+    model, layer = rotated(PLAIN, theta=theta, merge_interval=10, adaptive_terms=False, max_drift=1e-3)
+    before = snapshot(model)
+    if outcome == "warns":
+        with pytest.warns(UserWarning, match="folding 'layer' changes singular values by up to .*max_drift=0.001"):
+            merge_and_reinitialize(model)
+    else:
+        with pytest.raises(POETFoldError, match="folding 'layer' changes singular values by up to .*adaptive_terms"):
+            merge_and_reinitialize(model)
+        assert_unchanged(model, before)

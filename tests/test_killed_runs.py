@@ -62,7 +62,7 @@ SETTINGS = {
     "use_cpu": True,
 }
 SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXTS = [str(Path(sysconfig.get_paths()["stdlib"]) / name) for name in ("bisect.py", "heapq.py", "textwrap.py")]
+TEXTS = [Path(sysconfig.get_paths()["stdlib"]) / name for name in ("bisect.py", "heapq.py", "textwrap.py")]
 
 
 def run(directory, *wrapper, resume=None):
@@ -70,7 +70,9 @@ def run(directory, *wrapper, resume=None):
     config = directory / "model.json"
     config.write_text(json.dumps({"model_type": "llama", **SIZES}))
     arguments = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
-    arguments += ["--model_config", str(config), "--output_dir", str(directory / "run"), "--text_files", *TEXTS]
+    data = directory / "text.jsonl"
+    data.write_text("\n".join(json.dumps({"text": path.read_text()}) for path in TEXTS))
+    arguments += ["--model_config", str(config), "--output_dir", str(directory / "run"), "--data", str(data)]
     if resume is not None:
         arguments += ["--resume_from_checkpoint", resume]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}

@@ -216,7 +216,7 @@ def test_checkpoint_of_other_settings_is_refused_by_their_names(run, look, chang
 
 
 def test_checkpoint_of_the_same_settings_is_found(run):
-    model = wrap(llama(), "periodic", train_rest=True, seed=5, memory_efficient=True)
+    model = wrap(llama(), "periodic", train_rest=True, seed=5, memory_efficient=True, max_drift=0.5)
     assert latest_checkpoint(run, model) == str(run / f"checkpoint-{NUM_STEPS}")
 
 

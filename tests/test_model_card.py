@@ -245,7 +245,7 @@ def test_null_of_an_optional_key_is_as_if_it_were_not_there(key):
 
 def test_installation_is_that_of_a_checkout():
     """Nobody has published a package of this name: it could be anybody's."""
-    assert f"{INSTALL}, then:" in card().text
+    assert f"({INSTALL}), then:" in card().text
     assert not re.search(r"pip install (?!\.)", card().text)
 
 

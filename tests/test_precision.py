@@ -14,7 +14,7 @@ from workers.resume_run import LENGTH, make_trainer, text
 
 from poet_peft import POETCallback, POETFoldError, merge_and_reinitialize
 from poet_peft.layer import poet_layers
-from poet_peft.maths.orthogonal import orthogonality_error
+from poet_peft.maths.spectrum import orthogonality_error
 from poet_peft.weights.residual import join, split
 
 
@@ -40,11 +40,11 @@ def drift(dtype, compensated_folds=True):
     """Largest relative change of any singular value in 1,000 folds that turn by about 0.04 radians each."""
     case = Case("drift", 48, 32, block_size=16, dtype=dtype)
     model, layer = rotated(case, merge_interval=1, compensated_folds=compensated_folds)
-    before = torch.linalg.svdvals(layer._exact_matrix().double())
+    before = torch.linalg.svdvals(layer.base_weight.read_exact(layer.residual).double())
     for fold in range(NUM_FOLDS):
         randomize(model, 0.02, seed=100 + 2 * fold)
         merge_and_reinitialize(model)
-    after = torch.linalg.svdvals(layer._exact_matrix().double())
+    after = torch.linalg.svdvals(layer.base_weight.read_exact(layer.residual).double())
     return float((after / before - 1).abs().max())
 
 
@@ -106,7 +106,7 @@ def folded(dtype, **overrides):
 
 def exact(model):
     """The rotated layers' weights with all their digits, by name."""
-    return {name: layer._exact_matrix() for name, layer in poet_layers(model)}
+    return {name: layer.base_weight.read_exact(layer.residual) for name, layer in poet_layers(model)}
 
 
 def loaded(directory, dtype, **kwargs):
@@ -222,13 +222,13 @@ CASE = {"regime": "periodic", "train_rest": True, "dropout": 0.0, "save_strategy
 
 
 class Spoil(TrainerCallback):
-    """Puts a number into a rotation after a step."""
+    """Puts a number into a rotation before a step."""
 
     def __init__(self, value, at):
         self.value, self.at = value, at
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, model, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step + 1 == self.at:
             layer = dict(poet_layers(model))[SPOILT]
             layer.poet_P["default"].weight[3] = self.value
@@ -328,7 +328,7 @@ class Overflow(TrainerCallback):
     """An infinite gradient in some steps, and a record of what the model has become after each."""
 
     def __init__(self):
-        self.folds, self.skipped = [], []
+        self.folds, self.steps = [], []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step + 1 in SKIPPED:
@@ -337,7 +337,7 @@ class Overflow(TrainerCallback):
     def on_step_end(self, args, state, control, model, optimizer, **kwargs):
         _, layer = next(poet_layers(model))
         self.folds.append(layer.state("default").num_folds)
-        self.skipped.append(layer.num_skipped_steps("default"))
+        self.steps.append(layer.state("default").num_steps)
         assert optimizer.step_was_skipped == (state.global_step in SKIPPED)
 
 
@@ -370,13 +370,13 @@ def test_folds_are_scheduled_by_the_steps_that_happened(scaled):
     assert scaled[2].folds == [sum(step >= at for at in FOLDS_AT) for step in range(1, 10)]
 
 
-def test_skipped_steps_are_counted_in_the_model(scaled):
-    assert scaled[2].skipped == [sum(step >= at for at in SKIPPED) for step in range(1, 10)]
+def test_skipped_steps_are_not_counted(scaled):
+    assert scaled[2].steps == [step - sum(step >= at for at in SKIPPED) for step in range(1, 10)]
 
 
-def test_skipped_steps_are_in_the_checkpoint(scaled):
+def test_steps_are_in_the_checkpoint(scaled):
     tensors = load_file(scaled[0] / "checkpoint-6" / "adapter_model.safetensors")
-    assert {tensor[3].item() for name, tensor in tensors.items() if name.endswith("poet_state")} == {2}
+    assert {tensor[3].item() for name, tensor in tensors.items() if name.endswith("poet_state")} == {4}
 
 
 @pytest.fixture(scope="module", params=[4, 5, 6])

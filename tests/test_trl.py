@@ -115,6 +115,7 @@ def test_training_moves_the_rotations_and_nothing_else(kind, base, tmp_path):
     before = state(trainer.model)
     trainer.train()
     changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name in changed if ".poet_state." not in name}  # counts the steps
     assert changed == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert all(".poet_R." in name or ".poet_P." in name for name in changed)
 

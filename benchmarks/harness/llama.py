@@ -15,12 +15,15 @@ from .methods import adamw, adapter_config, autocast, is_poet, trainable
 from .timing import Clock, quartiles
 
 
-# Hidden size, intermediate size, layers, heads: as in examples/pretrain.py. "tiny" is for --quick.
+# Hidden size, intermediate size, layers, heads: the Llamas of the POET paper, and GaLore's 20m. Their names count a
+# vocabulary of 32,000; with 2,048, 20m has 4.2 million parameters. "tiny" is for --quick.
 PRESETS = {
     "tiny": (32, 48, 2, 2),
     "20m": (256, 688, 4, 4),
     "60m": (512, 1376, 8, 8),
     "130m": (768, 2048, 12, 12),
+    "350m": (1024, 2736, 24, 16),
+    "1.3b": (2048, 5461, 24, 32),
 }
 MERGE_INTERVAL = 400
 _LR = 1e-5

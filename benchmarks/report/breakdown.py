@@ -12,7 +12,7 @@ RESULT = Path(__file__).parents[1] / "results" / "breakdown-cpu.json"
 
 def section():
     if not RESULT.is_file():
-        return "Not measured yet: run `python benchmarks/breakdown.py`.\n"
+        return "Not measured yet: run `python -m benchmarks.breakdown`.\n"
     result = json.loads(RESULT.read_text())
     parts = [machine(result), "Milliseconds of operations in one forward and backward; *over full* is of their sum."]
     cells = groupby(result["rows"], key=lambda row: (row["in_features"], row["out_features"], row["tokens"]))

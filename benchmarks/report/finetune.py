@@ -126,7 +126,7 @@ def variants_table():
 def summary():
     """The README's table and picture, in Markdown."""
     if not results():
-        return "Not measured yet: run `python benchmarks/finetune.py`.\n"
+        return "Not measured yet: run `python -m benchmarks.finetune`.\n"
     labels = measured(METHODS)
     first, untrained = next(iter(results().values())), best(labels[0])[1]
     steps, batch = first["settings"]["max_steps"], first["settings"]["per_device_train_batch_size"]
@@ -139,8 +139,8 @@ def summary():
             f"{runs[0]['parameters']['trained'] / 1e6:.1f}M |"
         )
     return f"""SmolLM2-135M-Instruct on GSM8K, {steps} steps of {batch} problems, each method at its best learning rate
-(mean and standard deviation of the seeds, a difference below which is none); *elsewhere* is text that has nothing to do
-with the task, so that a rise means forgetting:
+(mean and standard deviation of the seeds, a difference below which is none); *elsewhere* is text that has nothing to
+do with the task, so that a rise means forgetting:
 
 | method | held-out loss | perplexity elsewhere | trained |
 |---|---|---|---|
@@ -155,7 +155,7 @@ rates](docs/figures/finetune.png)
 def section():
     """The section of docs/results.md, in Markdown."""
     if not results():
-        return "Not measured yet: run `python benchmarks/finetune.py`.\n"
+        return "Not measured yet: run `python -m benchmarks.finetune`.\n"
     first = next(iter(results().values()))
     settings = first["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())

@@ -3,7 +3,7 @@
 from .text import MEMORY, machine, megabytes, method_name, milliseconds, ratio, table, verdict
 
 
-COMMAND = "python benchmarks/layer.py"
+COMMAND = "python -m benchmarks.layer"
 # Two CPU cores, fp32, 4096 tokens: input x output features, block size, time over a linear layer trained in full.
 TARGETS = [
     ((512, 512), 64, 1.10),

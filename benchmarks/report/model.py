@@ -3,7 +3,7 @@
 from .text import MEMORY, machine, megabytes, method_name, ratio, table, verdict
 
 
-COMMAND = "python benchmarks/model.py"
+COMMAND = "python -m benchmarks.model"
 TARGET_METHOD = "poet-128"
 MEMORY_TARGET = 0.60
 

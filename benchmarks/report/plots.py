@@ -3,8 +3,9 @@
 import hashlib
 import json
 
-from harness.fits import power_law, upper_half
 from PIL import Image
+
+from benchmarks.harness.fits import power_law, upper_half
 
 from . import layer, model
 from .text import method_name

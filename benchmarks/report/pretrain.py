@@ -1,4 +1,4 @@
-"""Runs of examples/pretrain.py: the results section of docs/results.md."""
+"""Runs of benchmarks/pretrain.py: the results section of docs/results.md."""
 
 import json
 import statistics
@@ -86,7 +86,7 @@ def section():
     trial = next(iter(tuning.values()))[0]
     return f"""## What the pretraining example gives
 
-`examples/pretrain.py`, its `--method adamw` and its control, all from the same initial weights
+`examples/pretrain.py`, AdamW and its control (`benchmarks/pretrain.py`), all from the same initial weights
 (`{settings["base_init"]}`), on the same data and schedule: {first["parameters"]["model"] / 1e6:.1f}M parameters,
 {first["train_tokens"] / 1e6:.2f}M tokens of Python source, loss on {first["eval_tokens"]:,} tokens of held-out files.
 Two CPU cores, fp32, {versions}.

@@ -3,7 +3,7 @@
 from .text import machine, table
 
 
-COMMAND = "python benchmarks/scaling.py"
+COMMAND = "python -m benchmarks.scaling"
 
 
 def section(result):

@@ -25,8 +25,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _WHY = "Was the process that wrote it killed, or the disk full?"
 # What every Trainer logs of a step, and repeats only if it is the same run. (Times are never the same.)
 _LOGGED = ("loss", "grad_norm", "learning_rate")
-# The first two are brought back from the file, the third changes no result.
-_MAY_DIFFER = {"seed", "init_weights", "memory_efficient"}
+# The first two are brought back from the file, the others change no result.
+_MAY_DIFFER = {"seed", "init_weights", "memory_efficient", "max_drift"}
 
 
 def verify_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
@@ -41,8 +41,8 @@ def verify_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = No
     Args:
         path: the directory.
         model: the wrapped model that is to be trained further. Its `POETConfig` and that of the checkpoint must be the
-            same in everything that a run is made of: all settings of `POETConfig` itself but `seed`, `init_weights`
-            and `memory_efficient`. None compares nothing.
+            same in everything that a run is made of: all settings of `POETConfig` itself but `seed`, `init_weights`,
+            `memory_efficient` and `max_drift`. None compares nothing.
 
     Raises:
         POETCheckpointError: names the file and what is wrong with it, or the settings that differ.

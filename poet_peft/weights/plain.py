@@ -56,6 +56,8 @@ class PlainWeight(BaseWeight):
                 "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter beside the base, with "
                 "merge_interval=0."
             )
+        if self.layer.weight.is_meta:  # offloaded: looked at once it is there
+            return
         if not _computes_with(self.layer, self.read()):
             raise ValueError(
                 f"{name!r} ({kind}) does not compute `W x + bias` with its weight alone: its own forward, or a hook, "
@@ -80,8 +82,9 @@ def _computes_with(layer: nn.Module, matrix: Tensor) -> bool:
     dtype = layer.weight.dtype if layer.weight.dtype in _COMPUTES else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_NUM_PROBES, matrix.shape[1], generator=generator).to(layer.weight.device, dtype)
+    forward = getattr(layer, "_old_forward", layer)  # below accelerate's hook, which takes the weight away afterwards
     try:
-        y = layer(x)
+        y = forward(x)
     except Exception:
         return False
     expected = F.linear(x, matrix.to(dtype), None if layer.bias is None else layer.bias.to(dtype))

@@ -22,7 +22,7 @@ MEANT = (
     Meant(
         test=r"",
         error=r"POET cannot rotate '.*' of type (Embedding|Conv2d)",
-        reason="Only linear layers (`nn.Linear`, quantized ones, transformers' `Conv1D`) are supported yet. A "
+        reason="Only linear layers (`nn.Linear`, quantized ones, transformers' `Conv1D`) are supported so far. A "
         "configuration that targets another kind is refused by name, before the model is touched.",
     ),
     Meant(

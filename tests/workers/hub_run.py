@@ -23,6 +23,8 @@ from poet_peft import create_model_card, poet_param_groups, set_model_card
 
 
 TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))  # as running one of them does
 directory = Path(sys.argv[1])
 base_dir = directory / "base"
 metrics = METRICS | {"base_model": str(base_dir)}
@@ -58,26 +60,28 @@ def make_trainer(name, **settings):
     return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
 
 
-def pretrain(name, *flags):
-    config = directory / "config.json"
-    config.write_text('{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}')
-    model = ["--model_config", str(config), "--vocab_size", "260", "--block_size", "8", "--merge_interval", "1"]
-    text = ["--text_files", __file__, str(TESTS / "fake_hub.py"), "--seq_length", "32", "--max_eval_sequences", "4"]
-    run = ["--max_steps", "2", "--disable_tqdm", "True", "--output_dir", str(directory / name), *flags]
-    sys.argv = ["pretrain.py", *model, *text, *run]
-    runpy.run_path(str(TESTS.parent / "examples" / "pretrain.py"), run_name="__main__")
-
-
 def example(script, name, *flags):
-    sys.argv = [script, *flags, "--disable_tqdm", "True", "--output_dir", str(directory / name)]
-    runpy.run_path(str(TESTS.parent / "examples" / script), run_name="__main__")
+    sys.argv = [script, *map(str, flags), "--disable_tqdm", "True", "--output_dir", str(directory / name)]
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def pretrain(name, *flags):
+    config, text = directory / "config.json", directory / "text.jsonl"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config.write_text(json.dumps({"model_type": "llama", **sizes}))
+    text.write_text(
+        "\n".join(json.dumps({"text": path.read_text()}) for path in (Path(__file__), TESTS / "fake_hub.py"))
+    )
+    model = ["--model_config", config, "--vocab_size", 260, "--block_size", 8, "--merge_interval", 1]
+    data = ["--data", text, "--seq_length", 32, "--max_eval_sequences", 4]
+    example("pretrain.py", name, *model, *data, "--max_steps", 2, *flags)
 
 
 def finetune(name, *flags):
     rows = [{"question": f"What is {i} plus 1?", "answer": f"It is {i + 1}."} for i in range(8)]
     (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ["--data", str(directory / "rows.jsonl"), "--num_test_rows", "4", "--num_prose_tokens", "64"]
-    example("finetune.py", name, *data, "--model", str(base_dir), "--block_size", "8", "--steps", "2", *flags)
+    data = ["--data", directory / "rows.jsonl", "--num_test_rows", 4]
+    example("finetune.py", name, *data, "--model", base_dir, "--block_size", 8, "--max_steps", 2, *flags)
 
 
 def classify(name, *flags):

@@ -154,6 +154,7 @@ def main():
     moment, step, *sys.argv = sys.argv[1:]
     Step.watch()
     MOMENTS[moment](int(step))
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -1,0 +1,1 @@
+"""Commands that measure the package, and what they share. Run as `python -m benchmarks.NAME` in a checkout."""
