@@ -320,6 +320,18 @@ def test_layer_is_not_taken_for_another_whose_name_it_ends(exclude, tmp_path):
     assert rotated(PeftModel.from_pretrained(Endings(), tmp_path)) == expected
 
 
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        (None, {"attention.out_proj"}),
+        (["other"], {"other", "attention.out_proj"}),
+        ("oth.*", r"(?:oth.*)|attention\.out_proj"),
+    ],
+)
+def test_what_the_user_excludes_stays_excluded(exclude, expected):
+    assert poet(Endings(), exclude_modules=exclude).peft_config["default"].exclude_modules == expected
+
+
 # What counts as reading a weight
 
 
