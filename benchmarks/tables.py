@@ -21,6 +21,7 @@ from benchmarks.report import (
     pretrain,
     requantization,
     scaling,
+    series,
 )
 
 
@@ -64,7 +65,7 @@ def pages(benchmarks):
             "adapter-sizes": adapter_sizes.section(),
             "requantization": requantization.section(),
         },
-        root / "docs" / "performance.md": {"performance": performance.section()},
+        root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
         | {"breakdown": breakdown.section()},
     }
