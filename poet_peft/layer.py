@@ -21,10 +21,11 @@ from .ops import reference
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
 from .ops.sides import Side
-from .original import check_can_be_disabled, check_deletable
+from .original import OriginalModel
 from .rotation import Rotation
 from .state import AdapterState
-from .weights.base import BaseWeight, base_weight_of
+from .weights import base_weight_of
+from .weights.base import BaseWeight
 from .weights.plain import features, is_plain, weight_as_matrix
 from .weights.residual import LOW_PRECISION, zero_residual
 from .weights.sharded import keep_replicas_equal, mesh_of
@@ -47,7 +48,7 @@ def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
             yield name, module
 
 
-class POETLayer(BaseTunerLayer):
+class POETLayer(OriginalModel, BaseTunerLayer):
     """Rotations of all adapters around one base layer.
 
     Attributes:
@@ -324,11 +325,11 @@ class POETLayer(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
-            check_can_be_disabled(self)
+            self.check_can_be_disabled()
         super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        check_deletable(self, adapter_name)
+        self.check_deletable(adapter_name)
         if self.has_adapter(adapter_name) and self.state(adapter_name).num_folds:
             self.restore_initial_weight()
         self._states.pop(adapter_name, None)

@@ -23,7 +23,6 @@ from .config import POETConfig
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import Linear, POETLayer, poet_layers
-from .original import check_can_be_disabled, check_deletable, check_original_available
 from .targets import check_supported, check_targets, leave_out, warn_of_unreached_weights
 from .weights.initial import draw_weight
 from .weights.plain import features, weight_as_matrix
@@ -197,12 +196,12 @@ class POETModel(BaseTuner):
 
     def disable_adapter_layers(self) -> None:
         for _, layer in poet_layers(self.model):
-            check_can_be_disabled(layer)
+            layer.check_can_be_disabled()
         super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         for _, layer in poet_layers(self.model):
-            check_deletable(layer, adapter_name)
+            layer.check_deletable(adapter_name)
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
@@ -213,7 +212,7 @@ class POETModel(BaseTuner):
         """
         layers = [layer for _, layer in poet_layers(self.model)]
         for layer in layers:
-            check_original_available(layer, "unload")
+            layer.check_original_available("unload")
         for layer in layers:
             if layer.merged:
                 layer.unmerge()

@@ -7,58 +7,66 @@ out, instead of being given another one: a reference for DPO or GRPO would be wr
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from .errors import POETReferenceError
-
-
-if TYPE_CHECKING:
-    from .layer import POETLayer
 
 
 _SEPARATE_COPY = "a separate copy of the model as reference (in TRL: ref_model=...)"
 
 
-def check_original_available(layer: POETLayer, operation: str) -> None:
-    """Refuse an operation that needs the weights from before training, if they are gone.
+class OriginalModel:
+    """The part of a rotated layer that answers for the original model."""
 
-    Raises:
-        POETReferenceError: names the module and the ways out.
-    """
-    ways_out = f"{_SEPARATE_COPY}, or training without folds (merge_interval=0, train_rest=False)"
-    if any(config.train_rest for config in layer.poet_config.values()):
-        raise POETReferenceError(
-            f"{operation} cannot give the original model: train_rest=True trains parameters outside the rotated "
-            f"layers. Ways out: {ways_out}."
+    def check_original_available(self, operation: str) -> None:
+        """Refuse an operation that needs the weights from before training, if they are gone.
+
+        Raises:
+            POETReferenceError: names the module and the ways out.
+        """
+        ways_out = f"{_SEPARATE_COPY}, or training without folds (merge_interval=0, train_rest=False)"
+        if any(config.train_rest for config in self.poet_config.values()):
+            raise POETReferenceError(
+                f"{operation} cannot give the original model: train_rest=True trains parameters outside the rotated "
+                f"layers. Ways out: {ways_out}."
+            )
+        folds = max((self.state(name).num_folds for name in self.poet_config), default=0)
+        if folds and self.poet_initial_weight is None:
+            raise POETReferenceError(
+                f"{operation} cannot give the original model: the rotations of {self.module_name!r} were folded into "
+                f"its weight {folds} times. Ways out: POETConfig(keep_initial_weights=True), {ways_out}."
+            )
+
+    def check_can_be_disabled(self) -> None:
+        """Refuse to disable adapters where the original model is gone, or will be gone in the midst of training.
+
+        What is asked for a reference at every step, as by TRL, is refused at the first one.
+
+        Raises:
+            POETReferenceError: names the module and the ways out.
+        """
+        self.check_original_available("disable_adapter")
+        folds_ahead = self.poet_initial_weight is None and any(
+            self.is_periodic(name) and rotation.weight.requires_grad
+            for name in self.poet_config
+            for rotation in self.rotations(name)
         )
-    folds = max((layer.state(name).num_folds for name in layer.poet_config), default=0)
-    if folds and layer.poet_initial_weight is None:
-        raise POETReferenceError(
-            f"{operation} cannot give the original model: the rotations of {layer.module_name!r} were folded into "
-            f"its weight {folds} times. Ways out: POETConfig(keep_initial_weights=True), {ways_out}."
-        )
+        if folds_ahead and _is_in_a_training_step():
+            raise POETReferenceError(
+                f"disable_adapter gives the original model only until the first fold, and {self.module_name!r} is "
+                "being trained with folds (merge_interval > 0). Ways out: POETConfig(keep_initial_weights=True), "
+                f"{_SEPARATE_COPY}, or merge_interval=0."
+            )
 
+    def check_deletable(self, adapter_name: str) -> None:
+        """Refuse to delete an adapter whose folds cannot be taken back.
 
-def check_can_be_disabled(layer: POETLayer) -> None:
-    """Refuse to disable adapters where the original model is gone, or will be gone in the midst of training.
-
-    What is asked for a reference at every step, as by TRL, is refused at the first one.
-
-    Raises:
-        POETReferenceError: names the module and the ways out.
-    """
-    check_original_available(layer, "disable_adapter")
-    folds_ahead = layer.poet_initial_weight is None and any(
-        layer.is_periodic(name) and rotation.weight.requires_grad
-        for name in layer.poet_config
-        for rotation in layer.rotations(name)
-    )
-    if folds_ahead and _is_in_a_training_step():
-        raise POETReferenceError(
-            f"disable_adapter gives the original model only until the first fold, and {layer.module_name!r} is being "
-            "trained with folds (merge_interval > 0). Ways out: POETConfig(keep_initial_weights=True), "
-            f"{_SEPARATE_COPY}, or merge_interval=0."
-        )
+        Raises:
+            POETReferenceError: names the module and the ways out.
+        """
+        if not self.has_adapter(adapter_name):
+            return
+        if self.poet_config[adapter_name].train_rest or self.state(adapter_name).num_folds:
+            self.check_original_available("delete_adapter")
 
 
 def _is_in_a_training_step() -> bool:
@@ -70,15 +78,3 @@ def _is_in_a_training_step() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def check_deletable(layer: POETLayer, adapter_name: str) -> None:
-    """Refuse to delete an adapter whose folds cannot be taken back.
-
-    Raises:
-        POETReferenceError: names the module and the ways out.
-    """
-    if not layer.has_adapter(adapter_name):
-        return
-    if layer.poet_config[adapter_name].train_rest or layer.state(adapter_name).num_folds:
-        check_original_available(layer, "delete_adapter")

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import POETConfig
 from .maths.blocks import partition_side, rotated_sides
 from .uncalled import reader_of
-from .weights.base import base_weight_of
+from .weights import base_weight_of
 from .weights.plain import NEVER_CALLED, features
 from .weights.quantized import QuantizedWeight
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 
@@ -58,37 +57,3 @@ class BaseWeight:
         Raises:
             ValueError: names the module, what is in the way, and the way out.
         """
-
-
-class UnreadableWeight(BaseWeight):
-    """A quantized weight that its library can multiply by, and nothing else."""
-
-    is_quantized = True
-
-    def __init__(self, layer: nn.Module, library: str) -> None:
-        super().__init__(layer)
-        self.library = library
-
-    def parts(self) -> dict[str, Tensor]:
-        return {}
-
-    def check_readable(self, name: str) -> None:
-        raise ValueError(
-            f"{name!r} is quantized by {self.library}, which cannot take merged weights. Keep the adapter beside the "
-            "base, or load it over an unquantized copy of the base and merge there."
-        )
-
-
-def base_weight_of(layer: nn.Module, backend: QuantizationBackend | None) -> BaseWeight:
-    """The weight of a base layer.
-
-    Args:
-        layer: of a kind that `check_supported` lets through.
-        backend: what PEFT recognises the layer's quantization as; None if it is not quantized.
-    """
-    from .plain import PlainWeight
-    from .quantized import quantized_weight
-
-    if backend is None:
-        return PlainWeight(layer)
-    return quantized_weight(layer, backend) or UnreadableWeight(layer, backend.backend_name)

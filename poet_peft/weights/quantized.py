@@ -193,6 +193,25 @@ class HQQ(QuantizedWeight):
         return self.layer.compute_dtype
 
 
+class UnreadableWeight(BaseWeight):
+    """A quantized weight that its library can multiply by, and nothing else."""
+
+    is_quantized = True
+
+    def __init__(self, layer: nn.Module, library: str) -> None:
+        super().__init__(layer)
+        self.library = library
+
+    def parts(self) -> dict[str, Tensor]:
+        return {}
+
+    def check_readable(self, name: str) -> None:
+        raise ValueError(
+            f"{name!r} is quantized by {self.library}, which cannot take merged weights. Keep the adapter beside the "
+            "base, or load it over an unquantized copy of the base and merge there."
+        )
+
+
 @torch.no_grad()
 def overwrite(part: Tensor, value: Tensor) -> None:
     """Copy into a tensor that may be sharded, or made in inference mode, as HQQ's are."""
