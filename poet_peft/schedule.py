@@ -156,8 +156,8 @@ def _fold(due: Sequence[FoldItem], optimizer: torch.optim.Optimizer) -> None:
     parameters = [rotation.weight for item in due for rotation in item.rotations]
     check_can_fold(optimizer, parameters)
     for other in optimizers - set(_trusted):
-        _check_keeps_no_copy(other, parameters)
-        _trusted.add(other)
+        if _check_keeps_no_copy(other, parameters):
+            _trusted.add(other)
     before = {}
     for layer, adapter, _ in due:
         if layer.poet_config[adapter].merge_interval >= _MANY_STEPS:
@@ -204,8 +204,11 @@ def _check_identity(layer: POETLayer, rotation: Rotation) -> None:
         )
 
 
-def _check_keeps_no_copy(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+def _check_keeps_no_copy(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Refuse an optimizer that holds copies of the rotations, such as fp32 masters, before its first fold.
+
+    Returns:
+        Whether that could be told: copies of rotations that have not moved look like any zeros.
 
     Raises:
         POETFoldError: names the optimizer's class.
@@ -221,6 +224,7 @@ def _check_keeps_no_copy(optimizer: torch.optim.Optimizer, parameters: Sequence[
         flat = tensor.detach().flatten().float()
         if any(p.numel() == flat.numel() and _is_near(flat.to(p.device), p.flatten().float()) for p in rotations):
             raise _undone(optimizer)
+    return bool(rotations)
 
 
 def _check_not_undone(optimizer: torch.optim.Optimizer, layer: POETLayer, adapter: str) -> None:

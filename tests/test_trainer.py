@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from poet_peft import MergeReport, POETCallback, POETConfig, poet_param_groups
+from poet_peft import MergeReport, POETCallback, POETConfig, RotationMuon, poet_optimizer, poet_param_groups
 from poet_peft.layer import poet_layers
 from poet_peft.optim import rotation_parameters
 
@@ -505,3 +505,53 @@ def test_adapter_can_be_disabled_after_a_run_that_ended_before_its_first_fold(tm
         trainer_of(model, tmp_path, POETCallback(), Raising(error)).train()
     with model.eval().disable_adapter():
         torch.testing.assert_close(logits(model), original, rtol=0, atol=0)
+
+
+# The factory
+
+
+FACTORY = {"lr": 3e-3, "poet_lr": 1e-2, "weight_decay": 0.1}
+
+
+def run_of_factory(directory, by_hand, resume=None):
+    model = model_of("pretraining")
+    args = trainer_of(wrap(llama()), directory, max_steps=9, save_strategy="steps", save_steps=4).args
+    if by_hand:
+        groups = poet_param_groups(model, **FACTORY)
+        made = {"optimizers": (torch.optim.AdamW(groups, betas=(0.9, 0.95)), None)}
+    else:
+        made = {"optimizer_cls_and_kwargs": poet_optimizer(**FACTORY, betas=(0.9, 0.95))}
+    trainer = Trainer(model, args, train_dataset=text(), **made)
+    trainer.train(resume_from_checkpoint=resume)
+    return state(model)
+
+
+@pytest.fixture(scope="module")
+def run_by_hand(tmp_path_factory):
+    return run_of_factory(tmp_path_factory.mktemp("by-hand"), by_hand=True)
+
+
+def test_factory_trains_as_groups_and_optimizer_made_by_hand(run_by_hand, tmp_path):
+    assert_same_state(run_of_factory(tmp_path, by_hand=False), run_by_hand)
+
+
+def test_run_of_the_factory_resumes_bit_equal(run_by_hand, tmp_path):
+    run_of_factory(tmp_path / "first", by_hand=False)
+    resumed = run_of_factory(tmp_path / "second", by_hand=False, resume=str(tmp_path / "first" / "checkpoint-4"))
+    assert_same_state(resumed, run_by_hand)
+
+
+def test_factory_makes_any_optimizer_of_the_groups(tmp_path):
+    model = model_of("block_stochastic")
+    factory, kwargs = poet_optimizer(lr=1e-3, poet_lr=2e-3, optimizer_cls=RotationMuon, momentum=0.8)
+    optimizer = factory()(model, **kwargs)
+    assert isinstance(optimizer, RotationMuon)
+    assert {group["name"]: (group["lr"], group["momentum"]) for group in optimizer.param_groups} == {
+        "poet": (2e-3, 0.8)
+    }
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.nn.Linear, "adamw", torch.optim.lr_scheduler.LambdaLR])
+def test_factory_refuses_what_is_no_optimizer(optimizer_cls):
+    with pytest.raises(TypeError, match="optimizer_cls=.* must be a subclass of torch.optim.Optimizer"):
+        poet_optimizer(lr=1e-3, poet_lr=1e-3, optimizer_cls=optimizer_cls)
