@@ -4,7 +4,7 @@ Every builder draws from its own generator, so a test sees the same numbers what
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,6 +95,17 @@ CASES = [
 
 PLAIN = CASES[0]
 
+# One of each kind that has code of its own: for properties that the sizes, the series and the dtype do not bear on.
+FEW = {
+    "plain",
+    "conv1d-remainder",
+    "fully-stochastic-half",
+    "one-output",
+    "3-terms",
+    "bfloat16",
+    "float16-no-bias-remainder",
+}
+
 # Largest ||y - y_exact|| / ||y_exact|| of one layer.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -105,13 +116,26 @@ def for_cases(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDe
     return pytest.mark.parametrize("case", kept, ids=[case.name for case in kept])
 
 
+def is_float32(case: Case) -> bool:
+    return case.dtype == torch.float32
+
+
+def for_few_cases(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+    """Run a test for those of the few cases that `keep` lets through."""
+    return for_cases(lambda case: case.name in FEW and keep(case))
+
+
+def in_float64(names: Iterable[str] | None = None) -> pytest.MarkDecorator:
+    """Run a test in float64 for the table's float32 cases, or for those with these names."""
+    kept = [case for case in CASES if is_float32(case) and (names is None or case.name in names)]
+    return pytest.mark.parametrize("case", [case.float64 for case in kept], ids=[case.name for case in kept])
+
+
 for_every_case = for_cases()
-for_float32_cases = for_cases(lambda case: case.dtype == torch.float32)
-for_float64_cases = pytest.mark.parametrize(
-    "case",
-    [case.float64 for case in CASES if case.dtype == torch.float32],
-    ids=[case.name for case in CASES if case.dtype == torch.float32],
-)
+for_few = for_few_cases()
+for_few_float32_cases = for_few_cases(is_float32)
+for_float64_cases = in_float64()
+for_few_float64_cases = in_float64(FEW)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

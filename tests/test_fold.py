@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import (
+    FEW,
     PLAIN,
     Case,
     TwoLayers,
@@ -15,9 +16,11 @@ from cases import (
     dense_weight,
     for_cases,
     for_every_case,
-    for_float32_cases,
-    for_float64_cases,
+    for_few,
+    for_few_float32_cases,
+    for_few_float64_cases,
     inputs,
+    is_float32,
     matrix,
     normal,
     randomize,
@@ -36,8 +39,8 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, to
 
 for_both_16_bit_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
-# Below an angle of about 0.03 the orthogonal matrix next to the series is folded instead of the series.
-for_large_and_small_angles = pytest.mark.parametrize("theta", [0.4, 0.02])
+# Below an angle of about 0.03 the orthogonal matrix next to a series is folded instead of the series.
+for_every_series = for_cases(lambda case: case.is_series)
 
 
 def periodic(case, theta=0.4, **overrides):
@@ -74,29 +77,44 @@ def singular_values(layer):
 # The function that the model computes
 
 
-@for_large_and_small_angles
-@for_every_case
-def test_fold_changes_no_output(case, theta):
+def assert_fold_changes_no_output(case, theta):
     model, layer = periodic(case, theta)
     x = inputs(case, 50)
     before = model(x)
     merge_and_reinitialize(model)
-    # A small angle may be folded with a map that differs from the series by 1e-6.
-    assert relative_error(model(x), before) < max(TOLERANCE[case.dtype], 2e-6 * (theta < 0.1))
+    assert relative_error(model(x), before) < TOLERANCE[case.dtype]
 
 
-@for_large_and_small_angles
 @for_every_case
-def test_folded_weight_is_the_effective_weight_rounded_once(case, theta):
+def test_fold_changes_no_output(case):
+    assert_fold_changes_no_output(case, theta=0.4)
+
+
+@for_every_series
+def test_fold_of_a_small_angle_changes_no_output(case):
+    assert_fold_changes_no_output(case, theta=0.02)
+
+
+def assert_folded_weight_is_the_effective_weight(case, theta):
     model, layer = periodic(case, theta)
     exact = dense_weight(case, layer)
     merge_and_reinitialize(model)
     rounding = 0.5 * torch.finfo(case.dtype).eps * exact.abs()
-    arithmetic = 1e-14 if case.dtype == torch.float64 and theta > 0.1 else 2e-6
+    arithmetic = 1e-14 if case.dtype == torch.float64 else 2e-6
     assert ((matrix(layer.get_base_layer()) - exact).abs() <= rounding + arithmetic).all()
 
 
 @for_every_case
+def test_folded_weight_is_the_effective_weight_rounded_once(case):
+    assert_folded_weight_is_the_effective_weight(case, theta=0.4)
+
+
+@for_every_series
+def test_folded_weight_of_a_small_angle_is_the_effective_weight_rounded_once(case):
+    assert_folded_weight_is_the_effective_weight(case, theta=0.02)
+
+
+@for_few
 def test_folded_layer_is_the_base_layer(case):
     """Right after a fold the rotations are the identity, whatever index they would act on."""
     model, layer = periodic(case)
@@ -148,7 +166,9 @@ def test_fold_does_not_move_the_global_generator():
 # Singular values
 
 
-@for_cases(lambda case: not case.is_series and case.dtype == torch.float32)
+@for_cases(
+    lambda case: is_float32(case) and (case.name in FEW or case.orthogonal_map == "cayley") and not case.is_series
+)
 def test_exact_map_keeps_singular_values(case):
     model, layer = periodic(case)
     before = singular_values(layer)
@@ -167,8 +187,8 @@ def test_series_of_a_small_angle_keeps_singular_values(case):
 
 
 @pytest.mark.parametrize("theta", [0.02, 0.1, 0.4])
-@for_float64_cases
-def test_series_changes_singular_values_by_the_reported_drift_at_most(case, theta):
+@for_few_float64_cases
+def test_fold_changes_singular_values_by_the_reported_drift_at_most(case, theta):
     model, layer = periodic(case, theta)
     before = singular_values(layer)
     report = merge_and_reinitialize(model)
@@ -179,7 +199,8 @@ def test_series_changes_singular_values_by_the_reported_drift_at_most(case, thet
 def worst_fold(k, theta, both_sides=True):
     """Largest change of a singular value, and the report: the identity as weight, turned by the same blocks from both
     sides, so that every defect of the series adds up; or from one side only."""
-    case = Case("worst", 64, 64, block_size=32, bias=False, num_neumann_terms=k, dtype=torch.float64)
+    series = {"num_neumann_terms": k, "adaptive_terms": False}
+    case = Case("worst", 64, 64, block_size=32, bias=False, dtype=torch.float64, **series)
     model, layer = periodic(case, theta)
     R, P = layer.rotations("default")
     with torch.no_grad():
@@ -190,9 +211,10 @@ def worst_fold(k, theta, both_sides=True):
     return float((singular_values(layer) - 1).abs().max()), report
 
 
-@pytest.mark.parametrize("both_sides", [True, False], ids=["both-sides", "one-side"])
-@pytest.mark.parametrize("theta", [0.1, 0.4, 0.8])
-@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize(
+    ("k", "theta", "both_sides"),
+    [*((k, 0.4, True) for k in range(1, 9)), (3, 0.1, True), (3, 0.8, True), (3, 0.4, False), (2, 0.8, False)],
+)
 def test_reported_drift_bounds_the_worst_weight_and_rotations(k, theta, both_sides):
     change, report = worst_fold(k, theta, both_sides)
     assert change <= report.spectral_drift + 1e-12
@@ -206,7 +228,9 @@ def test_reported_drift_is_not_far_above_the_worst_weight_and_rotations(k):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_reported_drift_bounds_rotations_beyond_the_convergence_of_the_series(k):
-    model, layer = periodic(Case("beyond", 32, 32, block_size=16, num_neumann_terms=k, dtype=torch.float64), theta=2.0)
+    series = {"num_neumann_terms": k, "adaptive_terms": False}
+    case = Case("beyond", 32, 32, block_size=16, dtype=torch.float64, **series)
+    model, layer = periodic(case, theta=2.0, max_drift=1e9)
     before = singular_values(layer)
     report = merge_and_reinitialize(model)
     assert (singular_values(layer) / before - 1).abs().max() <= report.spectral_drift + 1e-12
@@ -223,7 +247,14 @@ def drift_of_many_folds(case, compensated_folds=True):
     return float((singular_values(layer) - before).abs().max() / before[0]), layer
 
 
-@pytest.mark.parametrize("case", [PLAIN, Case("exact", orthogonal_map="cayley")], ids=["series", "exact"])
+MANY_FOLDS = {
+    "adaptive": PLAIN,
+    "series": Case("series", adaptive_terms=False),
+    "exact": Case("exact", orthogonal_map="cayley"),
+}
+
+
+@pytest.mark.parametrize("case", MANY_FOLDS.values(), ids=MANY_FOLDS)
 def test_many_folds_of_small_angles_do_not_wear_singular_values_down(case):
     drift, layer = drift_of_many_folds(case)
     assert layer.state("default").num_folds == 200
@@ -248,7 +279,7 @@ def test_many_folds_without_compensation_drift_further():
     assert plain > 4 * compensated
 
 
-# What rounding cuts off a 16-bit weight
+# The residual of a 16-bit weight
 
 
 def awkward_numbers():
@@ -293,7 +324,7 @@ def test_second_fold_goes_on_from_the_unrounded_weight(dtype):
     assert ((matrix(layer.get_base_layer()) - exact).abs() <= rounding + 4e-6).all()
 
 
-@for_every_case
+@for_few
 def test_residual_is_kept_for_16_bit_weights_in_periodic_training_only(case):
     low = case.dtype in (torch.bfloat16, torch.float16)
     for overrides, kept in (
@@ -308,7 +339,7 @@ def test_residual_is_kept_for_16_bit_weights_in_periodic_training_only(case):
 # What is left behind
 
 
-@for_every_case
+@for_few
 def test_rotations_are_zero_afterwards(case):
     model, layer = periodic(case)
     assert any(rotation.weight.any() for rotation in layer.rotations("default"))
@@ -316,7 +347,7 @@ def test_rotations_are_zero_afterwards(case):
     assert not any(rotation.weight.any() for rotation in layer.rotations("default"))
 
 
-@for_every_case
+@for_few
 def test_index_is_redrawn_with_every_reinitialisation(case):
     model, layer = periodic(case, seed=7)
     for num_reinits in (1, 2):
@@ -329,7 +360,7 @@ def test_index_is_redrawn_with_every_reinitialisation(case):
                 assert torch.equal(rotations["default"].index, expected)
 
 
-def test_index_changes_with_the_epoch():
+def test_index_changes_with_a_reinitialisation():
     """Otherwise the test above could not fail."""
     model, layer = periodic(PLAIN)
     before = [rotation.index.clone() for rotation in layer.rotations("default")]
@@ -338,7 +369,7 @@ def test_index_changes_with_the_epoch():
     assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@for_every_case
+@for_few
 def test_index_is_kept_without_reinitialization(case):
     model, layer = periodic(case)
     before = [rotation.index.clone() for rotation in layer.rotations("default")]
@@ -347,7 +378,7 @@ def test_index_is_kept_without_reinitialization(case):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_folds_and_epochs_are_counted():
+def test_folds_and_reinitialisations_are_counted():
     model, layer = periodic(PLAIN)
     counts = [(layer.state("default").num_reinits, layer.state("default").num_folds)]
     for reinitialize in (True, False, False, True):
@@ -357,7 +388,7 @@ def test_folds_and_epochs_are_counted():
     assert counts == [(0, 0), (1, 1), (1, 2), (1, 3), (2, 4)]
 
 
-@for_every_case
+@for_few
 def test_weights_are_written_in_place(case):
     model, layer = periodic(case)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -389,7 +420,7 @@ def test_fold_needs_no_wrapper():
 # The report
 
 
-@for_float32_cases
+@for_few_float32_cases
 def test_report_describes_the_fold(case):
     model, layer = periodic(case)
     sides = ((layer.poet_R, case.out_features), (layer.poet_P, case.in_features))

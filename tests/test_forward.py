@@ -12,8 +12,11 @@ from cases import (
     dense_weight,
     for_cases,
     for_every_case,
-    for_float32_cases,
+    for_few,
+    for_few_cases,
+    for_few_float32_cases,
     inputs,
+    is_float32,
     matrix,
     normal,
     randomize,
@@ -29,6 +32,8 @@ MANY = 200  # tokens: enough for the weight-centric path in every case with two 
 
 LEADING = [(), (1,), (5,), (2, 3), (2, 1, 3), (MANY,)]
 
+for_every_leading_shape = pytest.mark.parametrize("leading", LEADING, ids=str)
+for_both_kinds = for_cases(lambda case: case.name in ("no-bias", "conv1d-remainder"))
 for_every_path = pytest.mark.parametrize("path", paths.PATHS)
 for_few_and_many_tokens = pytest.mark.parametrize("num_tokens", [3, MANY])
 
@@ -50,9 +55,19 @@ def effective_weight(layer):
 # Values
 
 
-@pytest.mark.parametrize("leading", LEADING, ids=str)
+@for_few_and_many_tokens
 @for_every_case
-def test_forward_is_the_dense_rotation_of_weight_and_input(case, leading):
+def test_forward_is_the_dense_rotation_of_weight_and_input(case, num_tokens):
+    _, layer = rotated(case)
+    x = inputs(case, num_tokens)
+    y = layer(x)
+    assert (y.shape, y.dtype) == ((num_tokens, case.out_features), case.dtype)
+    assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[case.dtype]
+
+
+@for_every_leading_shape
+@for_both_kinds
+def test_forward_takes_any_leading_dimensions(case, leading):
     _, layer = rotated(case)
     x = inputs(case, *leading)
     y = layer(x)
@@ -68,7 +83,7 @@ def test_rotations_of_the_table_change_the_output(case):
     assert relative_error(layer(x), layer.get_base_layer()(x)) > 10 * TOLERANCE[case.dtype]
 
 
-@for_every_case
+@for_few
 def test_forward_in_inference_mode_is_the_same_function(case):
     _, layer = rotated(case)
     x = inputs(case, 40)
@@ -78,7 +93,7 @@ def test_forward_in_inference_mode_is_the_same_function(case):
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
-@for_every_case
+@for_both_kinds
 def test_forward_of_no_tokens_is_empty(case, leading):
     _, layer = rotated(case)
     y = layer(inputs(case, *leading))
@@ -86,7 +101,7 @@ def test_forward_of_no_tokens_is_empty(case, leading):
 
 
 @for_few_and_many_tokens
-@for_every_case
+@for_few
 def test_forward_takes_non_contiguous_input(case, num_tokens):
     _, layer = rotated(case)
     transposed = inputs(case, num_tokens, 2).transpose(0, 1)
@@ -97,7 +112,7 @@ def test_forward_takes_non_contiguous_input(case, num_tokens):
 
 
 @for_few_and_many_tokens
-@for_every_case
+@for_few
 def test_forward_leaves_its_input_alone(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens)
@@ -107,7 +122,7 @@ def test_forward_leaves_its_input_alone(case, num_tokens):
 
 
 @for_few_and_many_tokens
-@for_cases(lambda case: case.dtype in (torch.float32, torch.bfloat16))
+@for_few
 def test_input_of_another_dtype_is_computed_in_the_weights_and_given_back_in_its_own(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens).double()
@@ -117,7 +132,7 @@ def test_input_of_another_dtype_is_computed_in_the_weights_and_given_back_in_its
 
 
 @for_few_and_many_tokens
-@for_cases(lambda case: case.bias)
+@for_few_cases(lambda case: case.bias)
 def test_bias_is_not_rotated(case, num_tokens):
     _, layer = rotated(case)
     zeros = torch.zeros(num_tokens, case.in_features, dtype=case.dtype)
@@ -127,19 +142,27 @@ def test_bias_is_not_rotated(case, num_tokens):
 # Paths
 
 
-@for_every_path
-@pytest.mark.parametrize("leading", LEADING, ids=str)
-@for_every_case
-def test_every_path_is_the_dense_rotation(case, leading, path):
+def assert_path_is_the_dense_rotation(case, leading, path):
     _, layer = rotated(case)
     x = inputs(case, *leading)
-    assert (
-        relative_error(paths.poet_linear(x, *tensors(layer), path), dense_output(case, layer, x))
-        < TOLERANCE[case.dtype]
-    )
+    y = paths.poet_linear(x, *tensors(layer), path)
+    assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[case.dtype]
 
 
+@for_every_path
 @for_every_case
+def test_every_path_is_the_dense_rotation(case, path):
+    assert_path_is_the_dense_rotation(case, (2, 3), path)
+
+
+@for_every_path
+@for_every_leading_shape
+@for_both_kinds
+def test_every_path_takes_any_leading_dimensions(case, leading, path):
+    assert_path_is_the_dense_rotation(case, leading, path)
+
+
+@for_few
 def test_effective_weight_is_the_dense_rotation(case):
     _, layer = rotated(case)
     effective = effective_weight(layer)
@@ -147,7 +170,7 @@ def test_effective_weight_is_the_dense_rotation(case):
     assert relative_error(effective, dense_weight(case, layer)) < TOLERANCE[case.dtype]
 
 
-@for_every_case
+@for_few
 def test_weight_centric_path_rounds_the_weight_once(case):
     """In low precision it rotates in float32: the identity matrix as input shows the weight it used."""
     _, layer = rotated(case)
@@ -160,7 +183,7 @@ def test_weight_centric_path_rounds_the_weight_once(case):
     assert ((used.double() - exact).abs() <= rounding + arithmetic).all()
 
 
-@for_float32_cases
+@for_few_float32_cases
 def test_weight_centric_path_rounds_the_weight_once_under_autocast(case):
     _, layer = rotated(case)
     weight, _, R, P = tensors(layer)
@@ -170,7 +193,7 @@ def test_weight_centric_path_rounds_the_weight_once_under_autocast(case):
     assert ((used.double() - exact).abs() <= 0.5 * torch.finfo(torch.bfloat16).eps * exact.abs() + 2e-6).all()
 
 
-@for_every_case
+@for_few
 def test_rotate_by_the_transpose_is_the_matrix_product_from_the_right(case):
     _, layer = rotated(case.float64)
     for rotation in layer.rotations("default"):
@@ -214,7 +237,7 @@ def test_unknown_path_is_refused_by_name():
         pass
 
 
-@for_every_case
+@for_few
 def test_forward_around_a_base_layer_with_hooks_is_the_dense_rotation(case):
     """accelerate's offloading moves weights in a hook of the base layer, so the layer must be called."""
     _, layer = rotated(case)
@@ -232,14 +255,14 @@ def test_forward_around_a_base_layer_with_hooks_is_the_dense_rotation(case):
 # The identity
 
 
-@for_every_case
+@for_few
 def test_effective_weight_of_an_untrained_adapter_is_the_weight_bit_for_bit(case):
     _, layer = rotated(case, theta=0.0)
     assert torch.equal(effective_weight(layer), tensors(layer)[0])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, MANY])
-@for_cases(lambda case: case.dtype == torch.float32 and case.kind == "linear")
+@for_few_cases(lambda case: is_float32(case) and case.kind == "linear")
 def test_untrained_adapter_does_not_change_a_bit_of_the_output(case, num_tokens):
     _, layer = rotated(case, theta=0.0)
     x = inputs(case, num_tokens)
@@ -247,7 +270,7 @@ def test_untrained_adapter_does_not_change_a_bit_of_the_output(case, num_tokens)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, MANY])
-@for_cases(lambda case: case.dtype != torch.float32 or case.kind == "conv1d")
+@for_few_cases(lambda case: not is_float32(case) or case.kind == "conv1d")
 def test_untrained_adapter_changes_the_output_by_rounding_only(case, num_tokens):
     """Conv1D adds its bias inside the product, which a rotation of the product has to keep apart."""
     _, layer = rotated(case, theta=0.0)
@@ -259,7 +282,7 @@ def test_untrained_adapter_changes_the_output_by_rounding_only(case, num_tokens)
 
 
 @for_few_and_many_tokens
-@for_every_case
+@for_few
 def test_autocast_gives_the_dtype_that_the_base_layer_gives(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens)
@@ -268,7 +291,7 @@ def test_autocast_gives_the_dtype_that_the_base_layer_gives(case, num_tokens):
 
 
 @for_few_and_many_tokens
-@for_float32_cases
+@for_few_float32_cases
 def test_autocast_changes_the_output_by_its_rounding_only(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens)
@@ -277,7 +300,7 @@ def test_autocast_changes_the_output_by_its_rounding_only(case, num_tokens):
     assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[torch.bfloat16]
 
 
-@for_every_case
+@for_few
 def test_rotations_are_computed_in_full_precision_under_autocast(case):
     _, layer = rotated(case)
     for rotation in layer.rotations("default"):
@@ -287,7 +310,7 @@ def test_rotations_are_computed_in_full_precision_under_autocast(case):
         assert all(torch.equal(a, b) for a, b in zip(inside, rotation().deltas(), strict=True))
 
 
-@for_cases(lambda case: not case.is_series)
+@for_few_cases(lambda case: not case.is_series)
 def test_exact_rotations_are_orthogonal_under_autocast(case):
     _, layer = rotated(case)
     for rotation in layer.rotations("default"):
@@ -326,7 +349,7 @@ def dense_output_of_two(case, second, layer, x):
 
 
 @for_few_and_many_tokens
-@for_every_case
+@for_few
 def test_active_adapters_compose_the_first_one_innermost(case, num_tokens):
     layer, second = with_second_adapter(case)
     x = inputs(case, num_tokens)
@@ -379,7 +402,7 @@ def gradients(forward, layer, x):
 
 
 @for_few_and_many_tokens
-@for_float32_cases
+@for_few_float32_cases
 def test_gradient_checkpointing_does_not_change_a_bit_of_the_gradients(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens).requires_grad_()
@@ -390,7 +413,7 @@ def test_gradient_checkpointing_does_not_change_a_bit_of_the_gradients(case, num
 
 
 @for_few_and_many_tokens
-@for_float32_cases
+@for_few_float32_cases
 def test_reentrant_checkpointing_changes_gradients_by_rounding_only(case, num_tokens):
     """Its first forward runs without gradients, where another path may be the cheaper one."""
     _, layer = rotated(case)

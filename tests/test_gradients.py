@@ -3,13 +3,19 @@
 import pytest
 import torch
 from cases import (
+    FEW,
     PLAIN,
     Case,
     TwoLayers,
     for_cases,
-    for_every_case,
+    for_few,
+    for_few_cases,
+    for_few_float32_cases,
+    for_few_float64_cases,
     for_float64_cases,
+    in_float64,
     inputs,
+    is_float32,
     randomize,
     relative_error,
     rotated,
@@ -56,10 +62,7 @@ def function(y):
     return (y * torch.linspace(-1, 2, y.numel(), dtype=torch.float64).cos().to(y.dtype).view(y.shape)).sum()
 
 
-@pytest.mark.parametrize("theta", [0.4, 0.0], ids=["rotated", "identity"])
-@for_every_path
-@for_float64_cases
-def test_gradients_are_the_finite_differences(case, path, theta):
+def assert_gradients_are_the_finite_differences(case, theta):
     _, layer = rotated(case, theta=theta)
     parameters = rotation_parameters(layer)
 
@@ -70,21 +73,43 @@ def test_gradients_are_the_finite_differences(case, path, theta):
     assert torch.autograd.gradcheck(forward, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
 
 
-@for_every_fast_path
-@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3), (0, 2)], ids=str)
 @for_float64_cases
-def test_every_path_gives_the_gradients_of_the_reference(case, leading, path):
+def test_gradients_of_the_reference_are_the_finite_differences(case):
+    with compute_path("reference"):
+        assert_gradients_are_the_finite_differences(case, theta=0.4)
+
+
+@pytest.mark.parametrize("theta", [0.4, 0.0], ids=["rotated", "identity"])
+@for_every_fast_path
+@for_few_float64_cases
+def test_gradients_of_every_fast_path_are_the_finite_differences(case, path, theta):
+    assert_gradients_are_the_finite_differences(case, theta)
+
+
+def assert_gradients_are_those_of_the_reference(case, leading):
     _, layer = rotated(case, theta=0.2)
     x = inputs(case, *leading)
     with compute_path("reference"):
         expected = gradients(layer, x)
     actual = gradients(layer, x)
-    tolerance = 1e-12
-    assert all(relative_error(actual[name], expected[name]) < tolerance for name in expected)
+    assert all(relative_error(actual[name], expected[name]) < 1e-12 for name in expected)
+
+
+@for_every_fast_path
+@for_float64_cases
+def test_every_path_gives_the_gradients_of_the_reference(case, path):
+    assert_gradients_are_those_of_the_reference(case, (2, 3))
+
+
+@for_every_fast_path
+@pytest.mark.parametrize("leading", [(), (7,), (2, 1, 3), (0, 2), (1100,)], ids=str)
+@in_float64(["no-bias", "conv1d-remainder"])
+def test_every_path_gives_the_gradients_of_the_reference_for_any_leading_dimensions(case, leading, path):
+    assert_gradients_are_those_of_the_reference(case, leading)
 
 
 @pytest.mark.parametrize("theta, is_used", [(1e-3, True), (3.0, False)])
-@for_float64_cases
+@for_few_float64_cases
 def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, monkeypatch):
     """Blocks that are far from orthogonal have their gradients by the other rule, which is exact for any blocks."""
     is_used = is_used or not case.is_series
@@ -154,7 +179,7 @@ def test_gradient_of_the_output_may_be_expanded(path):
 
 
 @for_every_path
-@for_cases(lambda case: case.bias and case.dtype == torch.float32)
+@for_few_cases(lambda case: case.bias and is_float32(case))
 def test_bias_trains_where_it_is_asked_to(case, path):
     _, layer = rotated(case, bias="poet_only")
     bias = layer.get_base_layer().bias
@@ -166,7 +191,7 @@ def test_bias_trains_where_it_is_asked_to(case, path):
 
 
 @for_few_and_many_tokens
-@for_cases(lambda case: case.dtype != torch.float64)
+@for_few
 def test_gradients_agree_with_those_in_float64(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens)
@@ -176,7 +201,7 @@ def test_gradients_agree_with_those_in_float64(case, num_tokens):
 
 
 @for_few_and_many_tokens
-@for_every_case
+@for_cases(lambda case: case.name in {"float64", *FEW})
 def test_gradients_have_the_dtypes_of_what_they_are_of(case, num_tokens):
     _, layer = rotated(case)
     found = {name: gradient.dtype for name, gradient in gradients(layer, inputs(case, num_tokens)).items()}
@@ -187,7 +212,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(case, num_tokens):
 
 @pytest.mark.parametrize("backward_inside", [False, True], ids=["backward-outside", "backward-inside"])
 @for_few_and_many_tokens
-@for_cases(lambda case: case.dtype == torch.float32)
+@for_few_float32_cases
 def test_autocast_changes_gradients_by_its_rounding_only(case, num_tokens, backward_inside):
     _, layer = rotated(case)
     x = inputs(case, num_tokens).requires_grad_()
@@ -203,7 +228,7 @@ def test_autocast_changes_gradients_by_its_rounding_only(case, num_tokens, backw
     assert all(relative_error(wanted[name].grad, exact[name]) < TOLERANCE[torch.bfloat16] for name in exact)
 
 
-@for_every_case
+@for_few
 def test_gradients_of_no_tokens_are_zero(case):
     _, layer = rotated(case)
     found = gradients(layer, inputs(case, 0))
@@ -211,7 +236,7 @@ def test_gradients_of_no_tokens_are_zero(case):
 
 
 @for_every_path
-@for_every_case
+@for_few
 def test_gradient_flows_to_rotations_only(case, path):
     model, layer = rotated(case)
     model(inputs(case, 5)).square().sum().backward()

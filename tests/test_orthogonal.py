@@ -16,12 +16,19 @@ from poet_peft.maths.orthogonal import (
 from poet_peft.maths.spectrum import orthogonality_error, skew_norm, spectrum_bound
 
 
-SIZES = (1, 2, 3, 5, 8, 16, 33)
+SIZES = (1, 2, 3, 8, 33)
 NUM_TERMS = range(1, 9)
 MAPS = {"cayley": (cayley, cayley_delta), "cayley_neumann": (cayley_neumann, cayley_neumann_delta)}
 
 for_every_size = pytest.mark.parametrize("n", SIZES)
 for_every_num_terms = pytest.mark.parametrize("k", NUM_TERMS)
+for_every_size_or_num_terms = pytest.mark.parametrize(
+    ("n", "k"), [*((n, 3) for n in SIZES), *((8, k) for k in NUM_TERMS if k != 3)]
+)
+for_every_size_or_scale = pytest.mark.parametrize(
+    ("n", "scale"), [*((n, 1.0) for n in SIZES), *((8, scale) for scale in (1e-6, 1e-3, 10.0, 1e3))]
+)
+for_every_size_or_angle = pytest.mark.parametrize(("n", "theta"), [*((n, 0.1) for n in SIZES), (8, 1e-6), (8, 0.9)])
 for_both_maps = pytest.mark.parametrize("name", MAPS)
 for_both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
@@ -91,14 +98,12 @@ def test_skew_refuses_a_wrong_number_of_parameters(number):
 # cayley
 
 
-@for_every_size
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3])
+@for_every_size_or_scale
 def test_cayley_is_orthogonal_in_float64(n, scale):
     assert orthogonality_error(cayley(skew_by_hand(n, scale))) < 1e-11
 
 
-@for_every_size
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.1, 1.0, 10.0, 1e2, 1e3])
+@for_every_size_or_scale
 def test_cayley_in_float32_is_orthogonal_to_the_rounding_of_its_solve(n, scale):
     Q = skew_by_hand(n, scale, dtype=torch.float32)
     G = cayley(Q)
@@ -124,8 +129,7 @@ def test_cayley_is_the_product_with_the_inverse(n):
 # cayley_neumann
 
 
-@for_every_num_terms
-@for_every_size
+@for_every_size_or_num_terms
 def test_cayley_neumann_is_its_power_series(n, k):
     Q = skew_of_norm(n, 0.6)
     torch.testing.assert_close(cayley_neumann(Q, k), power_series(Q, k), rtol=0, atol=1e-14)
@@ -136,8 +140,7 @@ def test_cayley_neumann_has_three_terms_by_default():
     assert torch.equal(cayley_neumann(Q), cayley_neumann(Q, 3))
 
 
-@for_every_num_terms
-@pytest.mark.parametrize("theta", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize(("k", "theta"), [*((k, 0.3) for k in NUM_TERMS), (3, 0.05), (3, 0.9), (2, 0.9)])
 def test_singular_values_of_cayley_neumann_lie_within_its_bound(theta, k):
     Q = torch.stack([skew_of_norm(16, theta, seed=seed) for seed in range(4)])
     values = torch.linalg.svdvals(cayley_neumann(Q, k))
@@ -153,8 +156,7 @@ def test_cayley_neumann_is_no_better_than_its_bound(k):
     assert error == pytest.approx(expected, rel=1e-9)
 
 
-@for_every_num_terms
-@for_every_size
+@for_every_size_or_num_terms
 def test_cayley_neumann_is_cayley_times_its_defect(n, k):
     Q = skew_of_norm(n, 0.7)
     defect = torch.eye(n, dtype=torch.float64) - torch.linalg.matrix_power(Q, k + 1)
@@ -181,10 +183,10 @@ def test_series_without_terms_is_refused(function, num_terms):
 @for_both_maps
 @for_both_dtypes
 def test_zero_gives_the_identity_exactly(name, dtype):
-    map_, offset = MAPS[name]
+    map_, delta = MAPS[name]
     Q = torch.zeros(3, 5, 5, dtype=dtype)
     assert torch.equal(map_(Q), torch.eye(5, dtype=dtype).expand(3, 5, 5))
-    assert not offset(Q).any()
+    assert not delta(Q).any()
 
 
 @for_both_maps
@@ -193,16 +195,14 @@ def test_maps_keep_the_dtype(name, dtype):
     assert [f(skew_of_norm(5, 0.3, dtype=dtype)).dtype for f in MAPS[name]] == [dtype, dtype]
 
 
-@for_every_size
-@pytest.mark.parametrize("theta", [1e-6, 0.1, 0.9])
+@for_every_size_or_angle
 def test_cayley_delta_is_the_map_minus_the_identity(n, theta):
     Q = skew_of_norm(n, theta)
     identity = torch.eye(n, dtype=torch.float64)
     torch.testing.assert_close(cayley_delta(Q), cayley(Q) - identity, rtol=0, atol=1e-15)
 
 
-@for_every_num_terms
-@pytest.mark.parametrize("theta", [1e-6, 0.1, 0.9])
+@pytest.mark.parametrize(("k", "theta"), [*((k, 0.9) for k in NUM_TERMS), (3, 1e-6), (4, 0.1)])
 def test_cayley_neumann_delta_is_the_series_minus_the_identity(k, theta):
     Q = skew_of_norm(8, theta)
     identity = torch.eye(8, dtype=torch.float64)
@@ -210,12 +210,12 @@ def test_cayley_neumann_delta_is_the_series_minus_the_identity(k, theta):
 
 
 @for_both_maps
-def test_offset_keeps_digits_that_the_map_rounds_away(name):
+def test_delta_keeps_digits_that_the_map_rounds_away(name):
     """Near the identity the diagonal of `G` is 1 - O(theta^2), which float32 rounds to 1."""
-    map_, offset = MAPS[name]
+    map_, delta = MAPS[name]
     Q = skew_of_norm(8, 1e-5, dtype=torch.float32)
-    exact = offset(Q.double()).diagonal()
-    kept = offset(Q).diagonal()
+    exact = delta(Q.double()).diagonal()
+    kept = delta(Q).diagonal()
     rounded = (map_(Q) - torch.eye(8)).diagonal()
     assert (kept - exact).norm() < 0.01 * exact.norm()
     assert (rounded - exact).norm() > 0.5 * exact.norm()
@@ -251,9 +251,10 @@ def test_orthogonality_error_of_nothing_is_zero():
     assert float(orthogonality_error(torch.zeros(0, 3, 3))) == 0
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("theta", [0.02, 0.4, 2.0])
-@for_every_size
+@pytest.mark.parametrize(
+    ("n", "theta", "k"),
+    [*((n, 0.4, 3) for n in SIZES), *((8, 0.4, k) for k in (1, 2, 5, 8)), (8, 0.02, 3), (8, 2.0, 3), (33, 2.0, 8)],
+)
 def test_spectrum_bound_holds_all_singular_values(n, theta, k):
     G = torch.stack([cayley_neumann(skew_of_norm(n, theta, seed=seed), k) for seed in range(4)])
     largest = (torch.linalg.svdvals(G) ** 2 - 1).abs().amax(-1)
@@ -269,7 +270,7 @@ def test_spectrum_bound_of_an_orthogonal_matrix_is_zero_to_rounding(n):
     assert float(spectrum_bound(torch.eye(n))) < 1e-30
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 16, 33, 64])
+@pytest.mark.parametrize("n", [2, 3, 8, 33, 64])
 def test_skew_norm_is_a_lower_bound_within_a_few_percent(n):
     Q = torch.stack([skew_by_hand(n, 1.0, seed) for seed in range(20)])
     exact = torch.linalg.svdvals(Q)[:, 0]
@@ -294,7 +295,7 @@ def test_skew_norm_finds_any_single_plane(plane):
 # orthogonalize
 
 
-@pytest.mark.parametrize("n", [2, 3, 8, 16, 33])
+@pytest.mark.parametrize("n", [2, 3, 8, 33])
 @for_both_dtypes
 def test_orthogonalized_singular_values_are_near_one_but_for_those_of_zero(n, dtype):
     values = torch.linalg.svdvals(orthogonalize(skew_by_hand(n, 5.0, dtype=dtype), num_steps=8))
@@ -302,13 +303,13 @@ def test_orthogonalized_singular_values_are_near_one_but_for_those_of_zero(n, dt
     assert values[0] < 1.21
 
 
-@pytest.mark.parametrize("n", [2, 3, 8, 16, 33])
+@pytest.mark.parametrize("n", [2, 3, 8, 33])
 def test_orthogonalized_skew_matrix_is_skew(n):
     O = orthogonalize(skew_by_hand(n, 1.0))
     torch.testing.assert_close(O.mT, -O, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [2, 3, 8, 16, 33])
+@pytest.mark.parametrize("n", [2, 3, 8, 33])
 def test_orthogonalize_keeps_singular_vectors(n):
     """It commutes with the matrix, and in each plane the sense of rotation stays."""
     Q = skew_by_hand(n, 1.0)
