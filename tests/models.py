@@ -35,6 +35,7 @@ REGIMES = {
 }
 ADAPTERS = ["block_stochastic", "fully_stochastic", "exact_cayley"]  # base weights never change
 PERIODIC = ["periodic", "pretraining"]  # base weights change at every fold
+KINDS = ["block_stochastic", *PERIODIC]  # that differ in what trains and what is saved, whatever the variant and map
 
 
 def poet_config(regime="block_stochastic", **overrides):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import (
     ADAPTERS,
+    KINDS,
     PERIODIC,
     REGIMES,
     assert_same_state,
@@ -154,6 +155,7 @@ LOADERS = {
     "over_a_live_adapter": _load_over_a_live_adapter,
 }
 each_loader = pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+each_kind = pytest.mark.parametrize("regime", KINDS)
 each_tie = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
@@ -165,7 +167,7 @@ def test_saved_models_differ_from_their_base_models(saved, regime, tied):
     assert not torch.allclose(case.logits, logits(case.load_base()), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_kind
 @each_tie
 @each_loader
 def test_loaded_model_gives_bit_equal_logits(saved, load, tied, regime):
@@ -173,7 +175,14 @@ def test_loaded_model_gives_bit_equal_logits(saved, load, tied, regime):
     assert torch.equal(logits(load(case)), case.logits)
 
 
-@pytest.mark.parametrize("regime", ["block_stochastic", *PERIODIC])
+@pytest.mark.parametrize("regime", ["fully_stochastic", "exact_cayley"])
+@pytest.mark.parametrize("loader", ["PeftModel", "AutoModel"])
+def test_loaded_model_of_every_variant_and_map_gives_bit_equal_logits(saved, loader, regime):
+    case = saved(regime)
+    assert torch.equal(logits(LOADERS[loader](case)), case.logits)
+
+
+@each_kind
 @each_loader
 def test_tied_model_stays_tied_after_loading(saved, load, regime, request):
     by_transformers = {"AutoModel", "transformers_load_adapter"} & set(request.node.callspec.id.split("-"))
@@ -184,7 +193,7 @@ def test_tied_model_stays_tied_after_loading(saved, load, regime, request):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@each_kind
 @pytest.mark.parametrize("load", ["PeftModel_low_memory", "inject_low_memory"])
 def test_loaded_model_has_nothing_left_on_the_meta_device(saved, load, regime):
     model = LOADERS[load](saved(regime))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import (
     ADAPTERS,
+    KINDS,
     PERIODIC,
     REGIMES,
     adamw,
@@ -32,7 +33,8 @@ from poet_peft.layer import poet_layers
 
 
 each_regime = pytest.mark.parametrize("regime", REGIMES)
-each_adapter = pytest.mark.parametrize("regime", [*ADAPTERS, "periodic"])  # all that leave the rest alone
+each_kind = pytest.mark.parametrize("regime", KINDS)
+each_adapter = pytest.mark.parametrize("regime", ["block_stochastic", "periodic"])  # that leave the rest alone
 each_periodic = pytest.mark.parametrize("regime", PERIODIC)
 
 
@@ -535,7 +537,7 @@ def test_set_adapter_moves_training_to_the_active_adapter():
     assert trainable(model) == rotations(model, "second")
 
 
-@each_regime
+@each_kind
 def test_set_adapter_for_inference_freezes_everything(regime):
     model = wrap(llama(), regime)
     model.set_adapter("default", inference_mode=True)
@@ -554,14 +556,14 @@ def test_remaining_adapter_trains_after_the_active_one_is_deleted():
     assert trainable(model) == rotations(model, "second")
 
 
-@each_regime
+@each_kind
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_memory"])
 def test_nothing_trains_in_a_model_loaded_for_inference(tmp_path, regime, low_cpu_mem_usage):
     wrap(llama(), regime).save_pretrained(tmp_path)
     assert trainable(PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)) == set()
 
 
-@each_regime
+@each_kind
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_memory"])
 def test_the_same_trains_in_a_model_loaded_for_training(tmp_path, regime, low_cpu_mem_usage):
     model = wrap(llama(), regime)
@@ -570,7 +572,7 @@ def test_the_same_trains_in_a_model_loaded_for_training(tmp_path, regime, low_cp
     assert trainable(loaded) == trainable(model)
 
 
-@each_regime
+@each_kind
 def test_rotated_weights_do_not_train_in_a_model_loaded_by_transformers(tmp_path, regime):
     """Its loader makes new parameters of them, which ask for gradients, and calls no hook of a tuner."""
     wrap(llama(), regime).save_pretrained(tmp_path)
@@ -591,7 +593,7 @@ def test_loading_a_second_adapter_keeps_the_first_one_training(tmp_path, is_trai
     assert trainable(model) == rotations(model, "first", *(["second"] if is_trainable else []))
 
 
-@each_regime
+@each_kind
 def test_what_trains_is_the_same_after_loading_over_the_adapter(tmp_path, regime):
     model = wrap(llama(), regime)
     before = trainable(model)
@@ -600,7 +602,7 @@ def test_what_trains_is_the_same_after_loading_over_the_adapter(tmp_path, regime
     assert trainable(model) == before
 
 
-@each_regime
+@each_kind
 def test_what_trains_is_the_same_after_merging_and_unmerging(regime):
     model = wrap(llama(), regime)
     before = trainable(model)
@@ -676,9 +678,8 @@ def test_merged_model_has_the_trained_head():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["as_base", "autocast"])
-@each_regime
-def test_dtype_of_the_rotations_follows_autocast_adapter_dtype(regime, dtype, autocast):
-    model = get_peft_model(llama().to(dtype), poet_config(regime), autocast_adapter_dtype=autocast)
+def test_dtype_of_the_rotations_follows_autocast_adapter_dtype(dtype, autocast):
+    model = get_peft_model(llama().to(dtype), poet_config(), autocast_adapter_dtype=autocast)
     parameters = dict(model.named_parameters())
     expected = torch.float32 if autocast else dtype
     assert {parameters[name].dtype for name in rotations(model, "default")} == {expected}
@@ -750,7 +751,7 @@ def test_generation_is_the_same_after_merging(regime, merge):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@each_regime
+@pytest.mark.parametrize("regime", ADAPTERS)
 def test_gradient_checkpointing_gives_the_same_loss_and_gradients(regime, use_reentrant):
     def loss_and_gradients(checkpointing):
         base = llama()
@@ -921,14 +922,14 @@ each_copy = pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES)
 
 
 @each_copy
-@each_regime
+@each_kind
 def test_copy_computes_the_same(clone, regime):
     model = wrap(llama(), regime)
     assert torch.equal(logits(clone(model)), logits(model))
 
 
 @each_copy
-@each_regime
+@each_kind
 def test_copy_trains_without_the_original(clone, regime):
     model = wrap(llama(), regime)
     before = state(model)
@@ -946,7 +947,7 @@ def test_copy_folds_to_the_same_weights(clone):
 
 
 @each_copy
-@each_regime
+@each_kind
 def test_copy_of_a_merged_model_unmerges(clone, regime):
     model = merged(regime)
     cloned = clone(model)
