@@ -1,5 +1,6 @@
 """What a user gets before the first line of maths: the wheel, the import, the public names, the README's commands."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,26 @@ def test_ci_fails_without_a_readme_command(ci):
 def test_readme_shows_what_the_results_say():
     result = run(sys.executable, "-m", "benchmarks.tables", "--check", cwd=ROOT)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_the_package_imports_is_declared():
+    """Libraries that are imported inside functions are for quantized bases, and are there if their layers are."""
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    of_module = packages_distributions()
+    missing = {}
+    for path in (ROOT / "poet_peft").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                modules = [] if node.level else [node.module]
+            else:
+                modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            for module in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
+                if not {canonicalize_name(name) for name in of_module[module]} & declared:
+                    missing.setdefault(module, path.name)
+    assert not missing
+
+
+def test_import_does_not_import_trainer():
+    """Which takes longer than all the rest."""
+    code = "import sys, poet_peft; sys.exit('transformers.trainer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
