@@ -82,3 +82,11 @@ def test_memory_efficient_gives_the_same_output_and_gradients(num_tokens):
         results.append([y, x.grad, *(p.grad for p in module.parameters() if p.requires_grad)])
     for fast, efficient in zip(*results, strict=True):
         assert relative_error(fast, efficient) < 1e-5
+
+
+def test_a_deleted_memory_efficient_adapter_leaves_the_others_fast():
+    module = layer(memory_efficient=True)
+    module.update_layer("second", POETConfig(target_modules=["linear"], block_size=16, init_weights=False))
+    module.set_adapter("second")
+    module.delete_adapter("default")
+    assert kept_for_backward(module, tokens()) == {"weight": 1, "x": 1, "y": 1}
