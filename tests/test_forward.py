@@ -92,6 +92,13 @@ def test_forward_in_inference_mode_is_the_same_function(case):
     assert relative_error(y, dense_output(case, layer, x)) < TOLERANCE[case.dtype]
 
 
+def test_layer_that_was_made_in_inference_mode_computes_the_same():
+    with torch.inference_mode():
+        _, layer = rotated(PLAIN)
+        y = layer(inputs(PLAIN, MANY))
+    assert relative_error(y, dense_output(PLAIN, layer, inputs(PLAIN, MANY))) < TOLERANCE[PLAIN.dtype]
+
+
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
 @for_both_kinds
 def test_forward_of_no_tokens_is_empty(case, leading):

@@ -102,7 +102,8 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.plan = plan
         if not torch.compiler.is_compiling():
             ctx.parameters = {"the base weight": weight, "the rotation R": upper_R, "the rotation P": upper_P}
-            ctx.versions = {name: x._version for name, x in ctx.parameters.items() if x is not None}
+            known = {name: x for name, x in ctx.parameters.items() if x is not None and not x.is_inference()}
+            ctx.versions = {name: x._version for name, x in known.items()}
         ctx.blocks = None if plan.memory_efficient else blocks
         if ctx.tangent:
             ctx.output = _Unwritten(y)
