@@ -120,8 +120,13 @@ def cayley_vjp(delta: Tensor, grad: Tensor) -> Tensor:
         delta: `G - I`, shape (..., n, n).
         grad: `dL/dG`, shape (..., n, n).
     """
+    return _skew_gradient(_cayley_gradient(delta, grad))
+
+
+def _cayley_gradient(delta: Tensor, grad: Tensor) -> Tensor:
+    """The gradient by all entries of `Q`, as if they were independent, (..., n, n); see `cayley_vjp`."""
     K = _add_identity(delta / 2)
-    return _skew_gradient(2 * (K.mT @ grad @ K.mT))
+    return 2 * (K.mT @ grad @ K.mT)
 
 
 def cayley_neumann_vjp(Q: Tensor, grad: Tensor, num_terms: int = 3) -> Tensor:
@@ -238,8 +243,7 @@ def _keep_delta(ctx, inputs, output) -> None:
 
 def _cayley_backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
     (delta,) = ctx.saved_tensors
-    K = _add_identity(delta / 2)
-    return 2 * (K.mT @ grad @ K.mT), None
+    return _cayley_gradient(delta, grad), None
 
 
 _cayley_by_series_op.register_autograd(_cayley_backward, setup_context=_keep_delta)
