@@ -9,8 +9,9 @@ from .files.training_checkpoints import latest_checkpoint, verify_checkpoint
 from .fold import MergeReport, merge_and_reinitialize
 from .model import POETModel
 from .model_card import create_model_card, hardware, json_config, set_model_card
-from .optim import RotationMuon, poet_optimizer, poet_param_groups
+from .optim import AngleLaw, poet_optimizer, poet_param_groups
 from .registration import register
+from .rotation_muon import RotationMuon
 from .schedule import follow_optimizers
 from .weights.initial import initialize_base_weights
 from .workarounds import clear_leftover_gguf_flags
@@ -19,6 +20,7 @@ from .workarounds import clear_leftover_gguf_flags
 __version__ = "0.1.0"
 
 __all__ = [
+    "AngleLaw",
     "MergeReport",
     "POETCallback",
     "POETCheckpointError",

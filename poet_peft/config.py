@@ -22,6 +22,7 @@ from .weights.initial import SCHEMES
 
 _MAPS = ("cayley_neumann", "cayley")
 _BIASES = ("none", "all", "poet_only")
+_RECIPES = {"ortho": {"merge_interval": 1, "reinit_interval": 0}, "paper": {"merge_interval": 400}}
 _FILE_FORMAT = 1  # of adapter_config.json and of the tensors beside it
 
 
@@ -51,7 +52,10 @@ class POETConfig(PeftConfig):
             state); a multiple of `merge_interval`. None = with every fold, 0 = never.
         base_init: draw the targeted weights anew before training from scratch: "normalized" (Gaussian, rows at unit
             norm; the paper's best), "xavier", "standard" (Gaussian, 0.02), "uniform_spectrum" (all singular values
-            1). None leaves them as they are, as pretrained weights must be.
+            1), "mup" ("normalized" with the largest singular value at `4 sqrt(out / in)`). None leaves them as they
+            are, as pretrained weights must be.
+        base_init_scale: factor of the drawn weights. Their singular values stay for good, so that their size matters
+            more than elsewhere.
         train_rest: everything outside the rotated weights (embeddings, norms, biases, head) trains too, and is saved
             with the adapter. For pretraining.
         max_drift: largest relative change of a singular value by one fold that passes without a warning; ten times as
@@ -105,9 +109,10 @@ class POETConfig(PeftConfig):
     reinit_interval: int | None = field(
         default=None, metadata={"help": "optimizer steps between reinitialisations; None = with every fold, 0 = never"}
     )
-    base_init: Literal["normalized", "xavier", "standard", "uniform_spectrum"] | None = field(
+    base_init: Literal["normalized", "xavier", "standard", "uniform_spectrum", "mup"] | None = field(
         default=None, metadata={"help": "draw the targeted weights anew, to train from scratch"}
     )
+    base_init_scale: float = field(default=1.0, metadata={"help": "factor of the weights that base_init draws"})
     max_drift: float = field(
         default=0.01, metadata={"help": "relative change of a singular value by one fold that warns"}
     )
@@ -152,17 +157,23 @@ class POETConfig(PeftConfig):
     file_format: InitVar[int | None] = None
 
     @classmethod
-    def for_pretraining(cls, **overrides: Any) -> POETConfig:
-        """The configuration for training from random weights: all linear layers but the output head are rotated, from
-        "normalized" weights, folded every 400 steps, and everything else trains as usual."""
-        settings = {
-            "target_modules": "all-linear",
-            "block_size": 256,
-            "base_init": "normalized",
-            "merge_interval": 400,
-            "train_rest": True,
-        }
-        return cls(**{**settings, **overrides})
+    def for_pretraining(cls, recipe: Literal["ortho", "paper"] = "ortho", **overrides: Any) -> POETConfig:
+        """The configuration for training from random weights: all linear layers but the output head are rotated, and
+        everything else trains as usual.
+
+        Args:
+            recipe: "ortho" folds after every step and keeps the blocks that it drew, for `RotationMuon`. "paper" folds
+                every 400 steps into new random blocks, for AdamW (POET, arXiv 2506.08001).
+            overrides: any settings of `POETConfig`. With a `merge_interval`, the recipe says nothing of
+                `reinit_interval` either.
+
+        Raises:
+            ValueError: an unknown recipe, or settings that contradict each other.
+        """
+        _check_choice("recipe", recipe, tuple(_RECIPES))
+        settings = {"target_modules": "all-linear", "block_size": 256, "base_init": "normalized", "train_rest": True}
+        intervals = {} if "merge_interval" in overrides else _RECIPES[recipe]
+        return cls(**{**settings, **intervals, **overrides})
 
     @property
     def changes_base_weights(self) -> bool:
@@ -180,6 +191,11 @@ class POETConfig(PeftConfig):
     def steps_between_reinits(self) -> int:
         """Optimizer steps between reinitialisations; 0 = never."""
         return self.merge_interval if self.reinit_interval is None else self.reinit_interval
+
+    @property
+    def folds_every_step(self) -> bool:
+        """Whether rotations are the identity at every forward, since each optimizer step is folded right away."""
+        return self.merge_interval == 1
 
     def folds_at(self, step: int) -> bool:
         """Whether the rotations are folded after optimizer step `step`."""
@@ -223,6 +239,12 @@ class POETConfig(PeftConfig):
         _check_choice("bias", self.bias, _BIASES)
         if self.base_init is not None:
             _check_choice("base_init", self.base_init, SCHEMES)
+        self.base_init_scale = _positive("base_init_scale", self.base_init_scale)
+        if self.base_init is None and self.base_init_scale != 1:
+            raise ValueError(
+                f"base_init_scale={self.base_init_scale} scales the weights that base_init draws, and base_init=None "
+                "draws none; pass both, or neither."
+            )
         self.block_size = _block_size("block_size", self.block_size, self.variant)
         if not isinstance(self.block_size_pattern, dict):
             raise ValueError(f"block_size_pattern={self.block_size_pattern!r} must be a dict {{name: block size}}.")

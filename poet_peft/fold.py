@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from .errors import POETFoldError
 from .layer import POETLayer, poet_layers
 from .ops import reference
+from .quick_fold import fold_moved_sides, is_quick
 from .rotation import Rotation
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, reshard
 
@@ -109,6 +110,15 @@ def merge_and_reinitialize(
     if optimizer is not None:
         check_can_fold(optimizer, [rotation.weight for item in items for rotation in item.rotations])
     return fold(items, [] if optimizer is None else [optimizer])
+
+
+def fold_quietly(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Optimizer]) -> MergeReport | None:
+    """`fold`, but without measures and report where rotations are folded after every step; see `quick_fold`."""
+    if not all(is_quick(item) for item in items):
+        return fold(items, optimizers)
+    with torch.no_grad(), torch.autocast(device_type=items[0].rotations[0].weight.device.type, enabled=False):
+        fold_moved_sides(items)
+    return None
 
 
 def fold(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Optimizer]) -> MergeReport:

@@ -214,9 +214,21 @@ class POETLayer(OriginalModel, BaseTunerLayer):
         if not autocasts:
             x = self._cast_input_dtype(x, weight.dtype)
         memory_efficient = any(self.poet_config[name].memory_efficient for name in adapters)
-        path = choose_path(x, weight, R, P, memory_efficient)
-        y = poet_linear(x, weight, bias, R, P, path, memory_efficient)
+        R, P, identity = self._at_identity(adapters, R, P)
+        path = choose_path(x, weight, R, P, memory_efficient, identity)
+        y = poet_linear(x, weight, bias, R, P, path, memory_efficient, identity)
         return y if autocasts else y.to(dtype)
+
+    def _at_identity(self, adapters: list[str], R: list[Side], P: list[Side]) -> tuple[list[Side], list[Side], bool]:
+        """The sides, and whether all of them are the identity, as they are where they are folded after every step."""
+        configs = [self.poet_config[name] for name in adapters]
+        if len(configs) != 1 or not configs[0].folds_every_step:
+            return R, P, False
+        if not torch.compiler.is_compiling():
+            return R, P, all(side.is_identity() for side in (*R, *P))
+        if not configs[0].init_weights:
+            return R, P, False
+        return [side.checked_identity() for side in R], [side.checked_identity() for side in P], True
 
     def _rotate_around(self, x: Tensor, R: list[Side], P: list[Side], *args: Any, **kwargs: Any) -> Tensor:
         """The forward around a base layer that computes in its own way: `R (base(P x) - b) + b`."""

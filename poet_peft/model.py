@@ -140,7 +140,8 @@ class POETModel(BaseTuner):
         if config.base_init is not None and not layer.weight.is_meta:
             matrix = weight_as_matrix(layer)
             with torch.no_grad():
-                matrix.copy_(draw_weight(*matrix.shape, config.base_init, seed=config.seed, module_name=current_key))
+                drawn = draw_weight(*matrix.shape, config.base_init, seed=config.seed, module_name=current_key)
+                matrix.copy_(config.base_init_scale * drawn)
         new_module = Linear(target, adapter_name, config, current_key, **quantization_kwargs)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable

@@ -1,26 +1,84 @@
-"""Optimizers for models with rotations: parameter groups for any of torch's, a factory for Trainer, `RotationMuon`."""
+"""What an optimizer needs to know of a model with rotations: parameter groups, and a factory for Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .layer import poet_layers
-from .maths.blocks import BlockPartition
-from .maths.orthogonal import orthogonalize, upper_triangle
+from .layer import POETLayer, poet_layers
+from .maths.blocks import SideName
 from .rotation import Rotation
-from .weights.sharded import full, spread_like
+from .rotation_muon import RotationMuon
 
 
-def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class AngleLaw:
+    """How far a step turns a rotation, by the learning rate of everything else: `min(lr * rho / RMS(W), max_angle)`.
+
+    The weight `W` then changes by about `lr * rho` an entry, the step of Muon and of AdamW, so that one learning rate
+    serves the whole model. Public notes of POET's authors on orthogonalised momentum, 2026.
+
+    Args:
+        rho: root mean square of a step's change of an entry of the weight, over the learning rate.
+        max_angle: radians.
+        side_exponent: of `d / sqrt(d_out d_in)`, by which a side of `d` features turns further; 0 = all alike.
+
+    Raises:
+        ValueError: `rho` or `max_angle` is not positive.
+    """
+
+    rho: float = 0.2
+    max_angle: float = 0.024
+    side_exponent: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "max_angle"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+
+    def radians(self, layer: POETLayer, side: SideName, lr: float) -> float:
+        """The angle of a step of this side, to two digits, so that layers of one kind share a group; not yet clamped.
+
+        Raises:
+            ValueError: the weight cannot be read, or is zero.
+        """
+        layer.base_weight.check_readable(layer.module_name)
+        weight = layer.get_base_layer().weight
+        rms = 0.0 if weight.is_meta else float(layer.base_weight.read().square().mean().sqrt())
+        if not 0 < rms < math.inf:
+            raise ValueError(
+                f"the weight of {layer.module_name!r} has no size that an angle could follow from (root mean square "
+                f"{rms:.3g}{', on the meta device' if weight.is_meta else ''}). Pass angle= in radians."
+            )
+        features = {"R": layer.out_features, "P": layer.in_features}[side]
+        share = (features / (layer.out_features * layer.in_features) ** 0.5) ** self.side_exponent
+        return float(f"{lr * self.rho / rms * share:.2g}")
+
+
+def poet_param_groups(
+    model: nn.Module,
+    lr: float,
+    poet_lr: float | None = None,
+    weight_decay: float = 0.0,
+    *,
+    angle: float | AngleLaw | None = None,
+) -> list[dict[str, Any]]:
     """Parameter groups of a model with POET layers, for any torch optimizer.
 
-    An Adam step turns a block of size b by about `poet_lr * 2 sqrt(b)` radians whatever the gradient's size, so good
-    values of `poet_lr` shrink with the block size: the paper uses 1e-3 for b = 256, 2e-3 for 128 and 4e-3 for 64 in
-    pretraining. It is apart from the learning rate of everything else.
+    How far a step turns the rotations is said in one of three ways:
+
+    - by `lr` alone: the angle follows from it and from the size of each weight, see `AngleLaw`;
+    - `angle=0.015`: radians a step;
+    - `poet_lr=1e-3`: the optimizer's own learning rate for the parameters `Q`, as in the paper. An Adam step turns a
+      block of size b by about `poet_lr * 2 sqrt(b)` radians, so good values shrink with the block size: the paper uses
+      1e-3 for b = 256, 2e-3 for 128 and 4e-3 for 64 in pretraining. `RotationMuon` takes it for radians.
+
+    Angles become learning rates of Adam by that formula, block size by block size, so that they mean the same for all
+    sizes; `RotationMuon` reads them as they are.
 
     Args:
         model: a model with POET layers, wrapped by PEFT or not.
@@ -28,18 +86,26 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
         poet_lr: learning rate of the rotations. 0 keeps them where they are.
         weight_decay: of matrices outside the rotated layers, such as the output head. Rotations, embeddings, norms
             and biases never decay.
+        angle: of a step, in radians, or a law with settings of its own. Not beside `poet_lr`.
 
     Returns:
-        The groups "poet", "decay" and "no_decay" (the key "name"), without the empty ones. "poet" also has the key
-        "blocks", how each parameter is cut: (features that rotate, size of a full block), what `RotationMuon` needs.
+        Groups with the names (the key "name") "poet", one for each angle, "decay" and "no_decay", without the empty
+        ones. Those of rotations also have the keys "blocks", how each parameter is cut: (features that rotate, size
+        of a full block), "sides" and "folds_every_step", what `RotationMuon` needs, and unless `poet_lr` is given
+        "radians".
 
     Raises:
-        ValueError: a negative value, or no rotation in the model is trainable.
+        ValueError: a negative value, `poet_lr` beside `angle`, a weight whose size cannot be read, or no rotation in
+            the model is trainable.
     """
-    for name, value in (("lr", lr), ("poet_lr", poet_lr), ("weight_decay", weight_decay)):
-        if value < 0:
+    numbers = {"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay}
+    for name, value in (numbers | ({} if isinstance(angle, AngleLaw) else {"angle": angle})).items():
+        if value is not None and value < 0:
             raise ValueError(f"{name}={value} must not be negative.")
-    rotations = {id(rotation.weight): rotation for rotation in _rotations(model) if rotation.weight.requires_grad}
+    if poet_lr is not None and angle is not None:
+        raise ValueError(f"poet_lr={poet_lr} and angle={angle} both say how far a step turns; pass one of them.")
+    groups = _rotation_groups(model, lr, poet_lr, AngleLaw() if angle is None else angle)
+    rotations = {id(parameter) for group in groups for parameter in group["params"]}
     if not rotations:
         raise ValueError(
             "the model has no trainable rotation: wrap it first, get_peft_model(model, POETConfig(...)), and load "
@@ -51,25 +117,43 @@ def poet_param_groups(model: nn.Module, lr: float, poet_lr: float, weight_decay:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    groups: dict[str, dict[str, Any]] = {
-        "poet": {"params": [], "lr": poet_lr, "weight_decay": 0.0, "name": "poet", "blocks": []},
+    rest: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "decay"},
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0, "name": "no_decay"},
     }
     rotated = {id(getattr(layer.get_base_layer(), "weight", None)) for _, layer in poet_layers(model)}
     for parameter in model.parameters():
-        if not parameter.requires_grad or id(parameter) in rotated:
+        if not parameter.requires_grad or id(parameter) in rotated | rotations:
             continue
-        if id(parameter) in rotations:
-            name = "poet"
-            partition = rotations[id(parameter)].partition
-            groups["poet"]["blocks"].append((partition.num_rotated, partition.block_size))
-        elif id(parameter) in embeddings or parameter.dim() < 2 or weight_decay == 0:
-            name = "no_decay"
-        else:
-            name = "decay"
-        groups[name]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+        decays = id(parameter) not in embeddings and parameter.dim() >= 2 and weight_decay > 0
+        rest["decay" if decays else "no_decay"]["params"].append(parameter)
+    return [*groups, *(group for group in rest.values() if group["params"])]
+
+
+def _rotation_groups(
+    model: nn.Module, lr: float, poet_lr: float | None, angle: float | AngleLaw
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    for layer, adapter, rotation in _rotations(model):
+        if not rotation.weight.requires_grad:
+            continue
+        partition = rotation.partition
+        folds_every_step = layer.poet_config[adapter].folds_every_step
+        group: dict[str, Any] = {"params": [], "lr": poet_lr, "weight_decay": 0.0, "name": "poet"}
+        group["folds_every_step"] = folds_every_step
+        if poet_lr is None:
+            radians = angle.radians(layer, rotation.side, lr) if isinstance(angle, AngleLaw) else float(angle)
+            group["radians"] = radians
+            if isinstance(angle, AngleLaw):
+                group["max_radians"] = angle.max_angle
+            # The root mean square over the planes of a block whose parameters all move by the learning rate.
+            group["lr"] = min(radians, group.get("max_radians", radians)) / (2 * partition.block_size**0.5)
+        key = (group["lr"], group.get("radians", 0.0), folds_every_step)
+        group = groups.setdefault(key, {**group, "blocks": [], "sides": []})
+        group["params"].append(rotation.weight)
+        group["blocks"].append((partition.num_rotated, partition.block_size))
+        group["sides"].append(rotation.side)
+    return list(groups.values())
 
 
 class _OptimizerFactory:
@@ -79,139 +163,61 @@ class _OptimizerFactory:
         self,
         model: nn.Module,
         *,
-        lr: float,
-        poet_lr: float,
-        weight_decay: float,
-        optimizer_cls: type[torch.optim.Optimizer],
+        groups: dict[str, Any],
+        optimizer_cls: type[torch.optim.Optimizer] | None,
         **optimizer_kwargs: Any,
     ) -> torch.optim.Optimizer:
-        return optimizer_cls(poet_param_groups(model, lr, poet_lr, weight_decay), **optimizer_kwargs)
+        if optimizer_cls is None:
+            configs = [config for _, layer in poet_layers(model) for config in layer.poet_config.values()]
+            folds_every_step = any(config.folds_every_step for config in configs)
+            optimizer_cls = RotationMuon if folds_every_step else torch.optim.AdamW
+        return optimizer_cls(poet_param_groups(model, **groups), **optimizer_kwargs)
 
 
 def poet_optimizer(
     lr: float,
-    poet_lr: float,
+    poet_lr: float | None = None,
     weight_decay: float = 0.0,
-    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    optimizer_cls: type[torch.optim.Optimizer] | None = None,
+    *,
+    angle: float | AngleLaw | None = None,
     **optimizer_kwargs: Any,
 ) -> tuple[type, dict[str, Any]]:
     """The argument `optimizer_cls_and_kwargs` of Trainer and of TRL's SFTTrainer and RewardTrainer.
 
-        Trainer(model, args, ..., optimizer_cls_and_kwargs=poet_optimizer(lr=5e-3, poet_lr=1e-3))
+        Trainer(model, args, ..., optimizer_cls_and_kwargs=poet_optimizer(lr=5e-3, weight_decay=0.1))
 
     The trainer makes the optimizer from the groups of `poet_param_groups`, once the model is wrapped. Its own
     `learning_rate` and `weight_decay` are not read; its schedule is. For trainers without the argument, set it
     afterwards: `trainer.optimizer_cls_and_kwargs = poet_optimizer(...)`.
 
     Args:
-        lr, poet_lr, weight_decay: see `poet_param_groups`.
-        optimizer_cls: any of torch's optimizers, or `RotationMuon`.
+        lr, poet_lr, weight_decay, angle: see `poet_param_groups`.
+        optimizer_cls: any of torch's optimizers, or `RotationMuon`. None = `RotationMuon` for rotations that are
+            folded after every step, AdamW for others.
         optimizer_kwargs: further arguments of the optimizer, such as `betas`.
 
     Raises:
         TypeError: `optimizer_cls` is no class of a torch optimizer.
     """
-    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+    if optimizer_cls is not None and not (
+        isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)
+    ):
         raise TypeError(f"optimizer_cls={optimizer_cls!r} must be a subclass of torch.optim.Optimizer.")
-    own = {"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay, "optimizer_cls": optimizer_cls}
-    return _OptimizerFactory, {**own, **optimizer_kwargs}
+    groups = {"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay, "angle": angle}
+    return _OptimizerFactory, {"groups": groups, "optimizer_cls": optimizer_cls, **optimizer_kwargs}
 
 
 def rotation_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all rotations of all adapters."""
-    return [rotation.weight for rotation in _rotations(model)]
+    return [rotation.weight for *_, rotation in _rotations(model)]
 
 
-def _rotations(model: nn.Module) -> list[Rotation]:
+def _rotations(model: nn.Module) -> list[tuple[POETLayer, str, Rotation]]:
+    """All rotations, with their layers and adapters."""
     return [
-        rotation
+        (layer, adapter, rotation)
         for _, layer in poet_layers(model)
-        for adapter_name in layer.poet_config
-        for rotation in layer.rotations(adapter_name)
+        for adapter in layer.poet_config
+        for rotation in layer.rotations(adapter)
     ]
-
-
-class RotationMuon(torch.optim.Optimizer):
-    """Momentum, orthogonalised block by block, for rotations; torch's AdamW for everything else.
-
-    A step adds to the skew-symmetric `Q` of a block the orthogonalised momentum of its gradient, so that every plane
-    turns by about `lr` radians, whatever the gradient's size and the block's. An Adam step turns a block by about
-    `lr * 2 sqrt(b)`, and some planes further than others. It keeps one number a parameter, Adam two. Sharded rotations
-    (FSDP2) are gathered one at a time.
-
-        optimizer = RotationMuon(poet_param_groups(model, lr=5e-3, poet_lr=1.2e-3))
-
-    Args:
-        groups: of `poet_param_groups`. The learning rate of "poet" (`poet_lr`) is in radians a step, the others are
-            AdamW's.
-        momentum: of the rotations' gradients, as an exponential mean.
-        num_newton_schulz_steps: of the orthogonalisation, see `orthogonalize`.
-        betas, eps: of AdamW, for the groups other than "poet".
-
-    Raises:
-        ValueError: no group tells how its parameters are cut into blocks, or a value is out of range.
-
-    Source: the orthogonalised momentum of Muon (Keller Jordan, 2024), applied to the Lie algebra of the rotations.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        momentum: float = 0.9,
-        num_newton_schulz_steps: int = 5,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum} must lie in [0, 1).")
-        if num_newton_schulz_steps < 1:
-            raise ValueError(f"num_newton_schulz_steps={num_newton_schulz_steps} must be at least 1.")
-        groups = list(groups)
-        if not any(isinstance(group, dict) and "blocks" in group for group in groups):
-            raise ValueError(
-                "RotationMuon needs the groups of poet_param_groups(model, lr=..., poet_lr=...), which say how the "
-                "rotations are cut into blocks."
-            )
-        own = {"momentum": momentum, "num_newton_schulz_steps": num_newton_schulz_steps}
-        super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0, **own})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step. Returns what the closure returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        rest = []
-        for group in self.param_groups:
-            if "blocks" in group:
-                for parameter, (num_rotated, block_size) in zip(group["params"], group["blocks"], strict=True):
-                    if parameter.grad is not None:
-                        self._turn(parameter, BlockPartition(num_rotated, num_rotated, block_size), group)
-            else:
-                rest.append(group)
-        if rest:
-            self._adamw_of(rest).step()
-        return loss
-
-    def _adamw_of(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-        """AdamW that shares groups and state with this optimizer, so that schedulers, checkpoints and folds see them.
-
-        Kept from step to step, since making one takes milliseconds, until loading replaces groups and state.
-        """
-        adamw = getattr(self, "_adamw", None)
-        is_current = adamw is not None and adamw.state is self.state
-        if not is_current or list(map(id, adamw.param_groups)) != list(map(id, groups)):
-            adamw = self._adamw = torch.optim.AdamW(groups)
-            adamw.state = self.state
-        return adamw
-
-    def _turn(self, parameter: Tensor, partition: BlockPartition, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        blocks = partition.skew_blocks(full(state["momentum_buffer"]))
-        turns = [upper_triangle(orthogonalize(Q, group["num_newton_schulz_steps"])).flatten() for Q in blocks]
-        # A plane of singular value theta turns by 2 atan(theta).
-        parameter.add_(spread_like(parameter, torch.cat(turns)), alpha=-group["lr"] / 2)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .errors import POETFoldError
-from .fold import FoldItem, MergeReport, check_can_fold, check_foldable, fold
+from .fold import FoldItem, MergeReport, check_can_fold, check_foldable, fold_quietly
 from .layer import POETLayer, living_layers
 from .rotation import Rotation
 from .weights.sharded import check_checkpoints_hold_folds, check_whole, full, reshard_all
@@ -163,7 +163,9 @@ def _fold(due: Sequence[FoldItem], optimizer: torch.optim.Optimizer) -> None:
         if layer.poet_config[adapter].merge_interval >= _MANY_STEPS:
             for rotation in _trainable(layer, adapter):
                 before[layer, adapter, rotation.side] = rotation.weight.detach().clone()
-    _reports[optimizer] = fold(due, list(optimizers))
+    report = fold_quietly(due, list(optimizers))
+    if report is not None:
+        _reports[optimizer] = report
     for (layer, adapter, side), weight in before.items():
         _progress[layer].folded_away[adapter, side] = weight
 

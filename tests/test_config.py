@@ -122,6 +122,7 @@ FILLED = {
         "merge_interval": 20,
         "reinit_interval": 40,
         "base_init": "xavier",
+        "base_init_scale": 2.0,
         "keep_initial_weights": True,
         "memory_efficient": True,
         "compensated_folds": False,
@@ -235,8 +236,29 @@ def test_defaults_are_a_pure_adapter():
 def test_for_pretraining_has_its_values():
     config = POETConfig.for_pretraining()
     assert (config.target_modules, config.block_size, config.base_init) == ("all-linear", 256, "normalized")
-    assert (config.merge_interval, config.train_rest) == (400, True)
+    assert (config.merge_interval, config.reinit_interval, config.train_rest) == (1, 0, True)
     assert config.changes_base_weights
+
+
+def test_for_pretraining_by_the_papers_recipe_has_its_values():
+    config = POETConfig.for_pretraining(recipe="paper")
+    assert (config.target_modules, config.block_size, config.base_init) == ("all-linear", 256, "normalized")
+    assert (config.merge_interval, config.reinit_interval, config.train_rest) == (400, None, True)
+
+
+def test_for_pretraining_refuses_an_unknown_recipe():
+    with pytest.raises(ValueError, match="recipe='official' is unknown"):
+        POETConfig.for_pretraining(recipe="official")
+
+
+def test_merge_interval_of_its_own_leaves_the_recipes_intervals():
+    config = POETConfig.for_pretraining(merge_interval=10)
+    assert (config.merge_interval, config.reinit_interval) == (10, None)
+
+
+def test_scale_of_initial_weights_that_are_not_drawn_is_refused():
+    with pytest.raises(ValueError, match="base_init_scale=2.0"):
+        POETConfig(base_init_scale=2)
 
 
 def test_for_pretraining_takes_overrides():

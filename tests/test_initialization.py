@@ -37,8 +37,36 @@ def changed_base(model, before):
 # The schemes
 
 
-def test_there_are_four_schemes():
-    assert set(SCHEMES) == {"normalized", "xavier", "standard", "uniform_spectrum"}
+def test_there_are_five_schemes():
+    assert set(SCHEMES) == {"normalized", "xavier", "standard", "uniform_spectrum", "mup"}
+
+
+@for_every_shape
+def test_mup_has_its_largest_singular_value(shape):
+    largest = torch.linalg.svdvals(draw(shape, "mup").double())[0]
+    assert float(largest) == pytest.approx(4 * (shape[0] / shape[1]) ** 0.5, rel=2e-2)
+
+
+@for_every_shape
+def test_mup_rows_have_equal_norms(shape):
+    norms = torch.linalg.vector_norm(draw(shape, "mup").double(), dim=1)
+    assert (norms / norms[0] - 1).abs().max() < 1e-6
+
+
+def test_scale_is_a_factor_of_the_drawn_weights():
+    plain, scaled = llama(), llama()
+    initialize_base_weights(plain, "normalized")
+    initialize_base_weights(scaled, "normalized", scale=0.5)
+    for name, module in plain.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert torch.equal(scaled.model.get_submodule(name).weight, 0.5 * module.weight)
+
+
+def test_poet_and_plain_baseline_are_scaled_alike():
+    plain = llama()
+    initialize_base_weights(plain, "mup", scale=0.5, seed=3)
+    model = wrap(llama(), POETConfig.for_pretraining(block_size=16, base_init="mup", base_init_scale=0.5, seed=3))
+    assert not changed_base(model, state(plain))
 
 
 @for_every_shape

@@ -10,7 +10,6 @@ from poet_peft.maths.orthogonal import (
     cayley_delta,
     cayley_neumann,
     cayley_neumann_delta,
-    orthogonalize,
     skew,
     upper_triangle,
 )
@@ -291,87 +290,3 @@ def test_skew_norm_finds_any_single_plane(plane):
     Q = torch.zeros(5, 5)
     Q[plane] = 0.25
     assert float(skew_norm(Q - Q.T)) == pytest.approx(0.25, rel=1e-6)
-
-
-# orthogonalize
-
-
-@pytest.mark.parametrize("n", [2, 3, 8, 33])
-@for_both_dtypes
-def test_orthogonalized_singular_values_are_near_one_but_for_those_of_zero(n, dtype):
-    values = torch.linalg.svdvals(orthogonalize(skew_by_hand(n, 5.0, dtype=dtype), num_steps=8))
-    assert values[n // 2 * 2 - 1] > 0.68
-    assert values[0] < 1.21
-
-
-@pytest.mark.parametrize("n", [2, 3, 8, 33])
-def test_orthogonalized_skew_matrix_is_skew(n):
-    O = orthogonalize(skew_by_hand(n, 1.0))
-    torch.testing.assert_close(O.mT, -O, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("n", [2, 3, 8, 33])
-def test_orthogonalize_keeps_singular_vectors(n):
-    """It commutes with the matrix, and in each plane the sense of rotation stays."""
-    Q = skew_by_hand(n, 1.0)
-    O = orthogonalize(Q)
-    torch.testing.assert_close(O @ Q, Q @ O, rtol=0, atol=1e-10)
-    assert (torch.linalg.eigvalsh((Q.mT @ O + O.mT @ Q) / 2) > -1e-10).all()
-
-
-@for_both_dtypes
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_orthogonalize_does_not_depend_on_the_scale(dtype, scale):
-    Q = skew_by_hand(8, 1.0, dtype=dtype)
-    torch.testing.assert_close(orthogonalize(Q * scale), orthogonalize(Q), rtol=1e-4, atol=1e-5)
-
-
-def test_orthogonalize_leaves_zero_as_it_is():
-    Q = torch.stack([skew_by_hand(4, 1.0), torch.zeros(4, 4, dtype=torch.float64)])
-    O = orthogonalize(Q)
-    assert not O[1].any()
-    torch.testing.assert_close(O[0], orthogonalize(Q[0]))
-
-
-# cayley_by_series
-
-
-ANGLES = [0.0, 1e-3, 0.05, 0.3, 0.7, 2.0, 50.0]
-
-
-@for_both_dtypes
-@pytest.mark.parametrize("theta", ANGLES)
-def test_cayley_by_series_is_the_exact_map_to_rounding(theta, dtype):
-    Q = torch.stack([skew_of_norm(16, theta, seed=seed) for seed in range(3)]).to(dtype)
-    exact = cayley(Q.double()) - torch.eye(16)
-    largest = float((cayley_by_series(Q).double() - exact).abs().max())
-    assert largest < 64 * torch.finfo(dtype).eps * (1 + theta)
-
-
-def test_cayley_by_series_solves_for_the_blocks_that_no_series_reaches():
-    Q = torch.stack([skew_of_norm(16, theta, seed=3) for theta in (0.1, 30.0, 0.2)])
-    assert float((cayley_by_series(Q) - cayley_delta(Q)).abs().max()) < 1e-13
-
-
-@pytest.mark.parametrize("theta, num_products", [(1e-3, 2), (0.1, 4), (0.3, 6)])
-def test_cayley_by_series_takes_two_products_more_for_twice_the_terms(theta, num_products, monkeypatch):
-    Q = skew_of_norm(16, theta, dtype=torch.float32)[None]
-    count = []
-    product = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (count.append(1), product(a, b))[1])
-    cayley_by_series(Q)
-    assert len(count) == num_products
-
-
-@pytest.mark.parametrize("theta", [0.05, 0.6, 3.0])
-def test_gradient_of_cayley_by_series_is_the_finite_difference(theta):
-    n = 5
-    upper = upper_triangle(skew_of_norm(n, theta))[None].requires_grad_()
-    assert torch.autograd.gradcheck(lambda upper: cayley_by_series(skew(upper, n)), upper)
-
-
-def test_cayley_by_series_keeps_what_is_not_finite_to_its_block():
-    Q = torch.stack([skew_of_norm(8, 0.1), torch.full((8, 8), torch.nan, dtype=torch.float64)])
-    delta = cayley_by_series(Q)
-    assert torch.isfinite(delta[0]).all()
-    assert torch.isnan(delta[1]).any()

@@ -64,12 +64,22 @@ class BlockPartition:
             with a remainder r, (1, r, r).
         """
         upper = upper if upper.dtype == torch.float64 else upper.float()
+        return [skew(part, size) for part, size in self.split(upper)]
+
+    def split(self, upper: Tensor) -> list[tuple[Tensor, int]]:
+        """The strict upper triangles by size of block: (num_blocks, b (b - 1) / 2) and `b`, the full blocks first."""
         b, r = self.block_size, self.remainder
         split = self.num_full_blocks * (b * (b - 1) // 2)
-        blocks = [skew(upper[:split].view(self.num_full_blocks, -1), b)]
+        parts = [(upper[:split].view(self.num_full_blocks, -1), b)]
         if r:
-            blocks.append(skew(upper[split:].view(1, -1), r))
-        return blocks
+            parts.append((upper[split:].view(1, -1), r))
+        return parts
+
+    def zero_blocks(self, like: Tensor) -> list[Tensor]:
+        """Blocks of zeros in the shapes and dtype of `skew_blocks`, of no memory: every entry is the same one."""
+        zero = torch.zeros((), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32).to(like.device)
+        b, r = self.block_size, self.remainder
+        return [zero.expand(self.num_full_blocks, b, b), *([zero.expand(1, r, r)] if r else [])]
 
 
 def rotated_sides(out_features: int, in_features: int) -> list[tuple[SideName, int]]:

@@ -39,25 +39,6 @@ def upper_triangle(Q: Tensor) -> Tensor:
     return Q.flatten(-2).index_select(-1, rows * n + columns)
 
 
-def orthogonalize(Q: Tensor, num_steps: int = 5) -> Tensor:
-    """`Q` with its singular values brought to about 1, within 0.68 and 1.21, by a Newton-Schulz iteration of order 5.
-
-    A skew-symmetric `Q` stays skew-symmetric: all of its planes then turn by about the same angle. Singular values
-    below about 1e-3 of the Frobenius norm need more steps, and a matrix of zeros stays zero. The coefficients are
-    those of Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon).
-
-    Args:
-        Q: shape (..., n, n).
-    """
-    tiny = torch.finfo(Q.dtype).tiny
-    X = Q / Q.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # or the squares of a norm could underflow
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(tiny)
-    for _ in range(num_steps):
-        gram = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * gram + 2.0315 * gram @ gram) @ X
-    return X
-
-
 def cayley(Q: Tensor) -> Tensor:
     """The Cayley map `(I + Q) (I - Q)^-1`: orthogonal for `Q` of any size, to rounding of about `eps (1 + theta)`.
 
@@ -169,6 +150,11 @@ def _skew_gradient(grad: Tensor) -> Tensor:
     return flat.index_select(-1, rows * n + columns) - flat.index_select(-1, columns * n + rows)
 
 
+def vjp_at_identity(grad: Tensor) -> Tensor:
+    """The gradient by the strict upper triangles of `Q` from that by `G`, at `Q = 0`, where every map is `I + 2 Q`."""
+    return 2 * _skew_gradient(grad)
+
+
 def inverse_transpose_delta(delta: Tensor) -> tuple[Tensor, Tensor]:
     """`G^-T - I` of a nearly orthogonal `G`, from `G - I`, and a bound of its error over the batch.
 
@@ -201,6 +187,26 @@ def cayley_by_series(Q: Tensor, num_terms: int = 3) -> Tensor:
     if torch.compiler.is_compiling() or (Q.requires_grad and torch.is_grad_enabled()):
         return _cayley_by_series_op(Q, num_terms)
     return _cayley_by_series(Q, num_terms)
+
+
+def small_rotation_delta(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """`G - I` of a `G` beside `cayley(Q)` for small `Q`, by one product, and a bound of how far it is from orthogonal.
+
+    `G = I + 2 Q + c Q^2` gives `G^T G = I + (4 - 2 c) Q^2 + c^2 Q^4`. With `c = 2 + 2 t`, `t` the mean of the squared
+    singular values, the error is zero where they all are equal, and below `4 theta^4` everywhere; it is of either
+    sign, so that over many folds singular values do not shrink. From `cayley(Q)` it differs by about `2 theta^3`.
+
+    Args:
+        Q: skew-symmetric, shape (num_blocks, n, n).
+
+    Returns:
+        shapes (num_blocks, n, n) and (num_blocks,).
+    """
+    mean = _squared_norm(Q)[:, None, None] / Q.shape[-1]
+    square = Q @ Q
+    # The largest sum of a row's sizes bounds the norm of Q^2, and is near it for blocks whose planes turn alike.
+    bound = 4 * square.abs().sum(-1).amax(-1).square()
+    return square.mul_(2 + 2 * mean).add_(Q, alpha=2), bound
 
 
 def _cayley_by_series(Q: Tensor, num_terms: int) -> Tensor:

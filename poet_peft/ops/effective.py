@@ -9,6 +9,9 @@ blocks are consecutive:
 - weight-centric: the gradient `D = gy^T x` by the whole weight. With `A` the weight, `B = A P`:
   `dL/dG_R = D B^T` and `dL/dG_P = A^T (G_R^T D)`. Costs 2 N m n + 6 m n b flops, and keeps only `x`. Exact for any
   `G`, also for one that is far from orthogonal.
+
+At the identity, `R = P = I`, where rotations are at every forward if they are folded after every step, the effective
+weight is the weight itself and both rules lose their factors `G`: nothing is built, rotated, or kept.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class _Plan:
     kept_P: KeptBlocks | None
     tangent: bool
     memory_efficient: bool
+    identity: bool
 
 
 def _blocks(plan: _Plan, tensors: Sequence[Tensor | None]) -> tuple[SideBlocks | None, SideBlocks | None]:
@@ -50,10 +54,12 @@ def _blocks(plan: _Plan, tensors: Sequence[Tensor | None]) -> tuple[SideBlocks |
     upper_R, index_R, upper_P, index_P = tensors
     R = P = None
     if plan.map_R is not None:
-        R = Side(index_R, upper_R, plan.partition_R, plan.map_R, plan.kept_R).blocks(plan.tangent)
+        R = Side(index_R, upper_R, plan.partition_R, plan.map_R, plan.kept_R)
     if plan.map_P is not None:
-        P = Side(index_P, upper_P, plan.partition_P, plan.map_P, plan.kept_P).blocks(plan.tangent)
-    return R, P
+        P = Side(index_P, upper_P, plan.partition_P, plan.map_P, plan.kept_P)
+    if plan.identity:
+        return R and R.blocks_at_identity(), P and P.blocks_at_identity()
+    return R and R.blocks(plan.tangent), P and P.blocks(plan.tangent)
 
 
 def effective_linear(
@@ -65,6 +71,7 @@ def effective_linear(
     *,
     tangent: bool,
     memory_efficient: bool = False,
+    identity: bool = False,
 ) -> Tensor:
     """`reference.poet_linear` for one adapter: at most one rotation a side, and at least one in all.
 
@@ -73,10 +80,11 @@ def effective_linear(
     Args:
         tangent: use the tangent rule if the blocks are near enough to orthogonal, else the weight-centric one.
         memory_efficient: keep no second copy of the weight between forward and backward, but build it twice.
+        identity: both sides are known to be the identity.
     """
     index_R, upper_R, *settings_R = R or (None,) * 5
     index_P, upper_P, *settings_P = P or (None,) * 5
-    plan = _Plan(*settings_R, *settings_P, tangent, memory_efficient)
+    plan = _Plan(*settings_R, *settings_P, tangent, memory_efficient, identity)
     return _EffectiveLinear.apply(x, weight, bias, upper_R, index_R, upper_P, index_P, plan)
 
 
@@ -94,11 +102,13 @@ class _EffectiveLinear(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         tensors = (upper_R, index_R, upper_P, index_P)
-        R, P = blocks = _blocks(plan, tensors)
-        effective = effective_weight(weight, R, P)
+        blocks, effective, is_near = None, weight, True
+        if not plan.identity:
+            R, P = blocks = _blocks(plan, tensors)
+            effective = effective_weight(weight, R, P)
+            is_near = all(side is None or side.inverses is not None for side in blocks)
         y = F.linear(x, effective)
-        has_inverses = all(side is None or side.inverses is not None for side in blocks)
-        ctx.tangent = plan.tangent and has_inverses and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
+        ctx.tangent = plan.tangent and is_near and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
         ctx.plan = plan
         if not torch.compiler.is_compiling():
             ctx.parameters = {"the base weight": weight, "the rotation R": upper_R, "the rotation P": upper_P}
@@ -107,7 +117,8 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.blocks = None if plan.memory_efficient else blocks
         if ctx.tangent:
             ctx.output = _Unwritten(y)
-        ctx.save_for_backward(x, weight, *tensors, None if plan.memory_efficient else effective)
+        rebuilt = plan.memory_efficient or plan.identity
+        ctx.save_for_backward(x, weight, *tensors, None if rebuilt else effective)
         return y if bias is None else y + bias.to(y.dtype)
 
     @staticmethod
@@ -121,7 +132,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *tensors, effective = _saved_tensors(ctx)
     R, P = _blocks(ctx.plan, tensors) if ctx.blocks is None else ctx.blocks
     if effective is None:
-        effective = effective_weight(weight, R, P)
+        effective = weight if ctx.plan.identity else effective_weight(weight, R, P)
     y = None
     if ctx.tangent:
         y = ctx.output and ctx.output.take()
@@ -139,7 +150,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         blocks_R = _tangent_R(tokens_y, _flat(y), R) if needs_R else None
         blocks_P = _tangent_P(_flat(grad_x), tokens_x, P) if needs_P else None
     elif needs_R or needs_P:
-        blocks_R, blocks_P = _weight_centric(tokens_y.mT @ tokens_x, weight, R, P)
+        gradients = _weight_centric_at_identity if ctx.plan.identity else _weight_centric
+        blocks_R, blocks_P = gradients(tokens_y.mT @ tokens_x, weight, R, P)
     if needs_R:
         grad_R = R.vjp(ctx.plan.map_R, blocks_R).to(tensors[0].dtype)
     if needs_P:
@@ -200,11 +212,15 @@ def _flat(x: Tensor) -> Tensor:
 
 def _tangent_R(grad_y: Tensor, y: Tensor, R: SideBlocks) -> list[Tensor]:
     sums = block_outer_products(grad_y, y, R)
+    if R.Q is None:
+        return sums
     return [torch.baddbmm(C, C, inverse) for C, inverse in zip(sums, R.inverses, strict=True)]
 
 
 def _tangent_P(grad_x: Tensor, x: Tensor, P: SideBlocks) -> list[Tensor]:
     sums = block_outer_products(grad_x, x, P)
+    if P.Q is None:
+        return sums
     return [torch.baddbmm(C, inverse, C) for C, inverse in zip(sums, P.inverses, strict=True)]
 
 
@@ -247,4 +263,23 @@ def _weight_centric(
         @ D[:, columns].unflatten(1, delta.shape[:2]).transpose(0, 1)
         for delta, columns in block_slices(deltas_P)
     ]
+    return grads_R, grads_P
+
+
+def _weight_centric_at_identity(
+    D: Tensor, weight: Tensor, R: SideBlocks | None, P: SideBlocks | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = (R or P).deltas[0].dtype
+    D, A = D.to(dtype), weight.to(dtype)
+    grads_R, grads_P = [], []
+    if R is not None:
+        for delta, rows in block_slices(R.deltas):
+            features = R.ordering.order[rows]
+            left, right = (matrix.index_select(0, features).unflatten(0, delta.shape[:2]) for matrix in (D, A))
+            grads_R.append(left @ right.mT)
+    if P is not None:
+        for delta, columns in block_slices(P.deltas):
+            features = P.ordering.order[columns]
+            left, right = (matrix.index_select(1, features).unflatten(1, delta.shape[:2]) for matrix in (A, D))
+            grads_P.append(left.permute(1, 2, 0) @ right.transpose(0, 1))
     return grads_R, grads_P

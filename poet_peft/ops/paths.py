@@ -69,12 +69,18 @@ def compute_path(path: str) -> Iterator[None]:
 
 
 def choose_path(
-    x: Tensor, weight: Tensor, R: Sequence[Side], P: Sequence[Side], memory_efficient: bool = False
+    x: Tensor,
+    weight: Tensor,
+    R: Sequence[Side],
+    P: Sequence[Side],
+    memory_efficient: bool = False,
+    identity: bool = False,
 ) -> str:
     """The cheapest path by a cost model of shapes alone, so that a run that is repeated takes the same.
 
     Args:
         memory_efficient: whether nothing may be kept for the backward that a frozen linear layer does not keep.
+        identity: whether all sides are known to be the identity, so that nothing has to be rotated.
     """
     if _forced_path is not None:
         return _forced_path
@@ -85,6 +91,15 @@ def choose_path(
     compiled = torch.compiler.is_compiling()
     num_tokens = _TOKENS_WHEN_COMPILED if compiled else x.numel() // in_features
     partitions = [side.partition for side in (*R, *P)]
+    # The tangent rule needs the gradient by x in any case, and keeps the output, which a compiler cannot follow.
+    may_use_tangent = x.requires_grad and not memory_efficient and not compiled
+    outer = num_tokens * sum(p.num_rotated * (2 * p.block_size + 2 * costs.gathering) for p in partitions)
+    plain = num_tokens * out_features * in_features
+    if identity:
+        # Both sides' blocks of D W^T and W^T D.
+        products = sum(2 * p.block_size * p.num_rotated * weight.numel() // p.dim for p in partitions)
+        by_weight = 2 * plain + products + costs.weight_entry * weight.numel()
+        return "tangent" if may_use_tangent and outer < by_weight else "weight_centric"
     by_input = num_tokens * sum(p.num_rotated * (2 * p.block_size + costs.rotating) for p in partitions)
     build = sum(
         (in_features if is_R else out_features) * p.num_rotated * (2 * p.block_size + costs.rotating_weight)
@@ -97,15 +112,12 @@ def choose_path(
     # Of multiplying all blocks by others of their size: the vjp of the map does it twice.
     products = sum(costs.block_flop * 2 * p.num_rotated * p.block_size**2 for p in partitions)
     again = 1 if memory_efficient else 0
-    plain = num_tokens * out_features * in_features
     estimates = {
         "input_centric": (3 + again) * by_input + 2 * products + 2 * again * plain,
         "weight_centric": (3 + again) * build + 2 * products + 2 * plain + costs.weight_entry * weight.numel(),
     }
-    # The tangent rule needs the gradient by x in any case, and keeps the output, which a compiler cannot follow.
-    if x.requires_grad and not memory_efficient and not compiled:
-        outer = sum(p.num_rotated * (2 * p.block_size + 2 * costs.gathering) for p in partitions)
-        estimates["tangent"] = build + 4 * products + num_tokens * outer
+    if may_use_tangent:
+        estimates["tangent"] = build + 4 * products + outer
     return min(estimates, key=estimates.__getitem__)
 
 
@@ -117,6 +129,7 @@ def poet_linear(
     P: Sequence[Side],
     path: str,
     memory_efficient: bool = False,
+    identity: bool = False,
 ) -> Tensor:
     """`R_n ... R_1 W P_1 ... P_n x + bias` by a path of `PATHS`: (..., in) -> (..., out).
 
@@ -125,6 +138,7 @@ def poet_linear(
         weight: (out, in), frozen.
         R, P: the rotations of the adapters, the first adapter's first. The last two paths take one adapter.
         memory_efficient: keep nothing but the input between forward and backward.
+        identity: whether all sides are known to be the identity; used by the last two paths.
     """
     if path in ("reference", "input_centric"):
 
@@ -139,6 +153,6 @@ def poet_linear(
             return checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
         return forward(x)
     only_R, only_P = (sides[0] if sides else None for sides in (R, P))
-    return effective_linear(
-        x, weight, bias, only_R, only_P, tangent=path == "tangent", memory_efficient=memory_efficient
-    )
+    tangent = path == "tangent"
+    settings = {"tangent": tangent, "memory_efficient": memory_efficient, "identity": identity}
+    return effective_linear(x, weight, bias, only_R, only_P, **settings)

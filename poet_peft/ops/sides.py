@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..maths.blocks import BlockPartition, Ordering, block_ordering, block_slices, num_rotated
-from ..maths.orthogonal import OrthogonalMap
+from ..maths.orthogonal import OrthogonalMap, vjp_at_identity
 
 
 class SideBlocks(NamedTuple):
@@ -17,18 +17,20 @@ class SideBlocks(NamedTuple):
 
     Args:
         ordering: in which blocks are consecutive.
-        Q: the skew-symmetric blocks.
-        deltas: `G - I`.
+        Q: the skew-symmetric blocks; None at the identity, where all of them are zero.
+        deltas: `G - I`. At the identity zeros that take no memory.
         inverses: `G^-T - I`; None where they were not asked for, or no cheap inverse is near enough.
     """
 
     ordering: Ordering
-    Q: list[Tensor]
+    Q: list[Tensor] | None
     deltas: list[Tensor]
     inverses: list[Tensor] | None
 
     def vjp(self, orthogonal_map: OrthogonalMap, grads: Sequence[Tensor]) -> Tensor:
         """The gradient by the flat parameters, (partition.num_parameters,), from `dL/dG` of the blocks."""
+        if self.Q is None:
+            return torch.cat([vjp_at_identity(grad).flatten() for grad in grads])
         blocks = zip(self.Q, self.deltas, grads, strict=True)
         return torch.cat([orthogonal_map.vjp(Q, delta, grad.to(delta.dtype)).flatten() for Q, delta, grad in blocks])
 
@@ -65,6 +67,19 @@ class Side(NamedTuple):
             return self._compute(with_inverses)
         return self.kept.blocks(self, with_inverses)
 
+    def is_identity(self) -> bool:
+        """Whether every plane is where it started. Waits for the device."""
+        return not bool(self.upper.detach().any())
+
+    def checked_identity(self) -> Side:
+        """This side for a compiled graph that takes it for the identity: it fails where that is not so."""
+        return self._replace(upper=_checked_identity(self.upper))
+
+    def blocks_at_identity(self) -> SideBlocks:
+        """All blocks, for a side that is known to be the identity."""
+        ordering = block_ordering(self.index, self.partition.dim)
+        return SideBlocks(ordering, None, self.partition.zero_blocks(self.upper), None)
+
     def _compute(self, with_inverses: bool) -> SideBlocks:
         with torch.no_grad(), torch.autocast(device_type=self.upper.device.type, enabled=False):
             Q = self.partition.skew_blocks(self.upper)
@@ -75,6 +90,25 @@ class Side(NamedTuple):
     def _with_inverses(self, blocks: SideBlocks) -> SideBlocks:
         inverses = [self.orthogonal_map.inverse_transpose(delta) for delta in blocks.deltas]
         return blocks._replace(inverses=None if any(inverse is None for inverse in inverses) else inverses)
+
+
+# torch.compile cannot branch on values: it sees one operator.
+@torch.library.custom_op("poet_peft::checked_identity", mutates_args=(), schema="(Tensor upper) -> Tensor")
+def _checked_identity(upper: Tensor) -> Tensor:
+    if bool(upper.any()):
+        raise RuntimeError(
+            "a compiled model was made for rotations that are folded after every step (merge_interval=1), and meets "
+            "one that is not the identity. Call merge_and_reinitialize(model, optimizer) first."
+        )
+    return upper.clone()
+
+
+@_checked_identity.register_fake
+def _(upper: Tensor) -> Tensor:
+    return torch.empty_like(upper)
+
+
+_checked_identity.register_autograd(lambda ctx, grad: grad)
 
 
 class KeptBlocks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,12 @@ class BaseWeight:
             residual: receives what rounding to 16 bits leaves over.
         """
         raise NotImplementedError
+
+    def change(self, change: Callable[[Tensor], None], residual: Tensor | None = None) -> None:
+        """Write what is left of the exact matrix (out, in), fp32 or wider, after `change` has changed it in place."""
+        matrix = self.read_exact(residual)
+        change(matrix)
+        self.write(matrix, residual)
 
     @property
     def range_dtype(self) -> torch.dtype:

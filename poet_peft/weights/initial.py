@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .plain import weight_as_matrix
 
 
-SCHEMES = ("normalized", "xavier", "standard", "uniform_spectrum")
+SCHEMES = ("normalized", "xavier", "standard", "uniform_spectrum", "mup")
+
+_MUP_ALPHA = 4.0
 
 
 def draw_weight(out_features: int, in_features: int, scheme: str, *, seed: int, module_name: str) -> Tensor:
@@ -34,8 +36,11 @@ def draw_weight(out_features: int, in_features: int, scheme: str, *, seed: int, 
         weight = Q * upper.diagonal().sign()
         return weight if out_features >= in_features else weight.mT.contiguous()
     weight = torch.randn(out_features, in_features, generator=generator)
-    if scheme == "normalized":
-        return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    if scheme in ("normalized", "mup"):
+        weight = weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        if scheme == "mup":
+            weight *= _MUP_ALPHA * (out_features / in_features) ** 0.5 / _largest_singular_value(weight, generator)
+        return weight
     if scheme == "xavier":
         return weight * (2 / (in_features + out_features)) ** 0.5
     if scheme == "standard":
@@ -43,14 +48,29 @@ def draw_weight(out_features: int, in_features: int, scheme: str, *, seed: int, 
     raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(map(repr, SCHEMES))}.")
 
 
+def _largest_singular_value(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """By power iteration, to about a thousandth: a decomposition of every layer of a large model takes minutes."""
+    v = torch.randn(weight.shape[1], generator=generator)
+    for _ in range(100):
+        v = weight.mT @ (weight @ v)
+        v /= torch.linalg.vector_norm(v)
+    return torch.linalg.vector_norm(weight @ v)
+
+
 def initialize_base_weights(
-    model: nn.Module, scheme: str, *, seed: int = 0, module_names: Iterable[str] | None = None
+    model: nn.Module,
+    scheme: str,
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    module_names: Iterable[str] | None = None,
 ) -> list[str]:
     """Draw the weights of a plain model's linear layers anew, in place, as `POETConfig(base_init=scheme)` does.
 
     For a baseline that starts from the same weights as POET.
 
     Args:
+        scale: factor of all weights, as `base_init_scale`.
         module_names: names of the linear layers. None = all but the output head.
 
     Returns:
@@ -62,7 +82,7 @@ def initialize_base_weights(
     for name in names:
         matrix = weight_as_matrix(model.get_submodule(name))
         with torch.no_grad():
-            matrix.copy_(draw_weight(*matrix.shape, scheme, seed=seed, module_name=name))
+            matrix.copy_(scale * draw_weight(*matrix.shape, scheme, seed=seed, module_name=name))
     return names
 
 

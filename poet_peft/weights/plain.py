@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .base import BaseWeight
@@ -40,6 +43,14 @@ class PlainWeight(BaseWeight):
         write(self.layer.weight, weight)
         if residual is not None and self.range_dtype in LOW_PRECISION:
             residual.copy_(split(weight, self.range_dtype)[1])
+
+    @torch.no_grad()
+    def change(self, change: Callable[[Tensor], None], residual: Tensor | None = None) -> None:
+        weight = self.layer.weight
+        if isinstance(weight, DTensor) or weight.dtype in LOW_PRECISION:
+            super().change(change, residual)
+        else:
+            change(weight_as_matrix(self.layer))
 
     @property
     def range_dtype(self) -> torch.dtype:

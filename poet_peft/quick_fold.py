@@ -1,0 +1,144 @@
+"""The fold after every optimizer step: only the sides that moved, all blocks of one size at once, nothing measured.
+
+One step turns a rotation by a small angle, and a fold of it costs about as much as the step of an optimizer. What
+`fold` does beside it, looking at random inputs, orthogonality and spectrum, would cost far more: that is done in the
+first step and in every hundredth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import POETFoldError
+from .maths.blocks import SideName, block_slices
+from .maths.orthogonal import OrthogonalMap, skew, small_rotation_delta
+from .rotation import Rotation
+from .weights.sharded import full
+
+
+if TYPE_CHECKING:
+    from .fold import FoldItem
+
+
+MEASURED_EVERY = 100
+
+# Entries of a batch of blocks: larger ones gain nothing, and several of them are alive at once.
+_MOST_ENTRIES = 2**23
+_BLOWN_UP = 1e6
+# Bound of how far from orthogonal a block may be: three roundings of the fp32 weight that it is folded into at worst,
+# and far less of it on average.
+_SMALL = 4e-6
+
+
+def is_quick(item: FoldItem) -> bool:
+    """Whether this fold of one adapter of one layer needs no measures."""
+    layer, adapter, reinitialize = item
+    if not layer.poet_config[adapter].folds_every_step or reinitialize:
+        return False
+    num_steps = layer.state(adapter).num_steps
+    if num_steps <= 1 or num_steps % MEASURED_EVERY == 0:
+        return False
+    weight = layer.base_weight
+    return not weight.is_quantized and weight.range_dtype != torch.float16
+
+
+def fold_moved_sides(items: Sequence[FoldItem]) -> None:
+    """Fold these adapters of layers, without a report.
+
+    Raises:
+        POETFoldError: a rotation is NaN, infinite or has grown without bound; no weight was changed.
+    """
+    moved = _moved([rotation for item in items for rotation in item.rotations])
+    deltas = _fold_deltas(moved)
+    for layer, adapter, _ in items:
+        sides = [rotation for rotation in layer.rotations(adapter) if rotation in deltas]
+        if sides:
+            residual = layer.residual_of(adapter)
+            layer.base_weight.change(_rotation_of(sides, deltas), residual)
+        layer.advance(adapter, num_folds=1)
+    for rotation in moved:
+        rotation.reset()
+
+
+def _moved(rotations: Sequence[Rotation]) -> dict[Rotation, Tensor]:
+    """The parameters of those that are not the identity; the device is waited for once."""
+    uppers = {rotation: full(rotation.weight).detach() for rotation in rotations}
+    by_device: dict[torch.device, list[Rotation]] = {}
+    for rotation, upper in uppers.items():
+        by_device.setdefault(upper.device, []).append(rotation)
+    moved = set()
+    for group in by_device.values():
+        largest = torch._foreach_max([uppers[rotation].abs() for rotation in group])
+        for rotation, value in zip(group, torch.stack(largest).tolist(), strict=True):
+            if not value < _BLOWN_UP:
+                raise POETFoldError(
+                    f"the rotation {rotation.side} of {rotation.module_name!r} is NaN or infinite, or has grown "
+                    "without bound. No weight was changed. Go back to the last checkpoint and lower the learning "
+                    "rate of the rotations."
+                )
+            if value > 0:
+                moved.add(rotation)
+    return {rotation: upper for rotation, upper in uppers.items() if rotation in moved}
+
+
+def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
+    """`G - I` of the blocks to fold, computed in batches of blocks of one size."""
+    parts: dict[tuple[int, OrthogonalMap, torch.device, torch.dtype], list[tuple[Rotation, Tensor]]] = {}
+    for rotation, upper in moved.items():
+        upper = upper if upper.dtype == torch.float64 else upper.float()
+        for triangles, size in rotation.partition.split(upper):
+            key = (size, rotation.orthogonal_map, upper.device, upper.dtype)
+            parts.setdefault(key, []).append((rotation, triangles))
+    deltas: dict[Rotation, list[Tensor]] = {rotation: [] for rotation in moved}
+    for (size, orthogonal_map, *_), all_blocks in parts.items():
+        for batch in _batches(all_blocks, size):
+            Q = skew(torch.cat([triangles for _, triangles in batch]), size)
+            delta, error = small_rotation_delta(Q)
+            if Q.dtype == torch.float64 or not bool((error <= _SMALL).all()):
+                delta = orthogonal_map.fold_delta(Q, orthogonal_map.delta(Q))
+            for (rotation, _), blocks in zip(batch, delta.split([len(part) for _, part in batch]), strict=True):
+                deltas[rotation].append(blocks)
+    return deltas
+
+
+def _batches(parts: Sequence[tuple[Rotation, Tensor]], size: int) -> Iterator[list[tuple[Rotation, Tensor]]]:
+    batch: list[tuple[Rotation, Tensor]] = []
+    num_entries = 0
+    for part in parts:
+        if batch and num_entries + len(part[1]) * size**2 > _MOST_ENTRIES:
+            yield batch
+            batch, num_entries = [], 0
+        batch.append(part)
+        num_entries += len(part[1]) * size**2
+    if batch:
+        yield batch
+
+
+def _rotation_of(rotations: Sequence[Rotation], deltas: dict[Rotation, list[Tensor]]) -> Callable[[Tensor], None]:
+    def change(matrix: Tensor) -> None:
+        for rotation in rotations:
+            rotate_in_place(matrix, rotation.side, rotation.index, deltas[rotation])
+
+    return change
+
+
+def rotate_in_place(matrix: Tensor, side: SideName, index: Tensor, deltas: Sequence[Tensor]) -> None:
+    """`matrix <- R matrix`, or `matrix P`, of a matrix (out, in).
+
+    Args:
+        index: rotated features in block order.
+        deltas: `G - I` of the consecutive blocks of `index`.
+    """
+    for delta, part in block_slices(deltas):
+        features = index[part].long()
+        delta = delta.to(matrix.dtype)
+        if side == "R":
+            blocks = matrix.index_select(0, features).unflatten(0, delta.shape[:2])
+            matrix.index_copy_(0, features, torch.baddbmm(blocks, delta, blocks).flatten(0, 1))
+        else:
+            blocks = matrix.index_select(1, features).unflatten(1, delta.shape[:2]).transpose(0, 1)
+            matrix.index_copy_(1, features, torch.baddbmm(blocks, blocks, delta).transpose(0, 1).flatten(1))
