@@ -20,7 +20,7 @@ from .maths.blocks import partition_side, rotated_sides
 from .ops import reference
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
-from .ops.sides import Side
+from .ops.sides import Side, identity_check
 from .original import OriginalModel
 from .rotation import Rotation
 from .state import AdapterState
@@ -214,21 +214,21 @@ class POETLayer(OriginalModel, BaseTunerLayer):
         if not autocasts:
             x = self._cast_input_dtype(x, weight.dtype)
         memory_efficient = any(self.poet_config[name].memory_efficient for name in adapters)
-        R, P, identity = self._at_identity(adapters, R, P)
+        identity = self._is_at_identity(adapters, [*R, *P])
         path = choose_path(x, weight, R, P, memory_efficient, identity)
         y = poet_linear(x, weight, bias, R, P, path, memory_efficient, identity)
+        if identity and torch.compiler.is_compiling():
+            y = y + sum(identity_check(side) for side in (*R, *P)).to(y.dtype)
         return y if autocasts else y.to(dtype)
 
-    def _at_identity(self, adapters: list[str], R: list[Side], P: list[Side]) -> tuple[list[Side], list[Side], bool]:
-        """The sides, and whether all of them are the identity, as they are where they are folded after every step."""
+    def _is_at_identity(self, adapters: list[str], sides: list[Side]) -> bool:
+        """Whether all rotations are the identity, as they are where they are folded after every step."""
         configs = [self.poet_config[name] for name in adapters]
         if len(configs) != 1 or not configs[0].folds_every_step:
-            return R, P, False
-        if not torch.compiler.is_compiling():
-            return R, P, all(side.is_identity() for side in (*R, *P))
-        if not configs[0].init_weights:
-            return R, P, False
-        return [side.checked_identity() for side in R], [side.checked_identity() for side in P], True
+            return False
+        if torch.compiler.is_compiling():
+            return configs[0].init_weights
+        return all(side.is_identity() for side in sides)
 
     def _rotate_around(self, x: Tensor, R: list[Side], P: list[Side], *args: Any, **kwargs: Any) -> Tensor:
         """The forward around a base layer that computes in its own way: `R (base(P x) - b) + b`."""

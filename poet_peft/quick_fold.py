@@ -97,12 +97,18 @@ def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
     for (size, orthogonal_map, *_), all_blocks in parts.items():
         for batch in _batches(all_blocks, size):
             Q = skew(torch.cat([triangles for _, triangles in batch]), size)
-            delta, error = small_rotation_delta(Q)
-            if Q.dtype == torch.float64 or not bool((error <= _SMALL).all()):
-                delta = orthogonal_map.fold_delta(Q, orthogonal_map.delta(Q))
+            delta = _fold_delta(Q, orthogonal_map)
             for (rotation, _), blocks in zip(batch, delta.split([len(part) for _, part in batch]), strict=True):
                 deltas[rotation].append(blocks)
     return deltas
+
+
+def _fold_delta(Q: Tensor, orthogonal_map: OrthogonalMap) -> Tensor:
+    if orthogonal_map.is_orthogonal and Q.dtype != torch.float64:
+        delta, error = small_rotation_delta(Q)
+        if bool((error <= _SMALL).all()):
+            return delta
+    return orthogonal_map.fold_delta(Q, orthogonal_map.delta(Q))
 
 
 def _batches(parts: Sequence[tuple[Rotation, Tensor]], size: int) -> Iterator[list[tuple[Rotation, Tensor]]]:

@@ -6,7 +6,6 @@ from cases import normal
 
 from poet_peft.maths.orthogonal import (
     cayley,
-    cayley_by_series,
     cayley_delta,
     cayley_neumann,
     cayley_neumann_delta,

@@ -29,7 +29,8 @@ MERGE_INTERVAL = 400
 _LR = 1e-5
 
 
-def llama(sizes, vocab_size, seq_length):
+def llama(sizes, vocab_size, seq_length, **settings):
+    """A Llama of a preset's sizes; `settings` go to its `LlamaConfig`."""
     hidden_size, intermediate_size, num_layers, num_heads = sizes
     return LlamaForCausalLM(
         LlamaConfig(
@@ -41,6 +42,7 @@ def llama(sizes, vocab_size, seq_length):
             vocab_size=vocab_size,
             max_position_embeddings=seq_length,
             use_cache=False,
+            **settings,
         )
     )
 

@@ -259,6 +259,8 @@ _cayley_by_series_op.register_autograd(_cayley_backward, setup_context=_keep_del
 class Cayley:
     """The Cayley map `G = (I + Q)(I - Q)^-1`, exactly orthogonal for `Q` of any size."""
 
+    is_orthogonal = True
+
     def delta(self, Q: Tensor) -> Tensor:
         """`G - I`, shape (num_blocks, n, n)."""
         return cayley_delta(Q)
@@ -289,6 +291,11 @@ class CayleyNeumann:
 
     num_terms: int = 3
     adaptive: bool = True
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether `G` is orthogonal to rounding, for `Q` of any size."""
+        return self.adaptive
 
     def delta(self, Q: Tensor) -> Tensor:
         return cayley_by_series(Q, self.num_terms) if self.adaptive else cayley_neumann_delta(Q, self.num_terms)

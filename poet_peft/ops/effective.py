@@ -102,12 +102,15 @@ class _EffectiveLinear(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         tensors = (upper_R, index_R, upper_P, index_P)
-        blocks, effective, is_near = None, weight, True
-        if not plan.identity:
+        if plan.identity:
+            blocks, effective, is_near = None, weight, True
+            y = output = F.linear(x, weight, bias)
+        else:
             R, P = blocks = _blocks(plan, tensors)
             effective = effective_weight(weight, R, P)
             is_near = all(side is None or side.inverses is not None for side in blocks)
-        y = F.linear(x, effective)
+            y = F.linear(x, effective)
+            output = y if bias is None else y + bias.to(y.dtype)
         ctx.tangent = plan.tangent and is_near and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
         ctx.plan = plan
         if not torch.compiler.is_compiling():
@@ -119,7 +122,8 @@ class _EffectiveLinear(torch.autograd.Function):
             ctx.output = _Unwritten(y)
         rebuilt = plan.memory_efficient or plan.identity
         ctx.save_for_backward(x, weight, *tensors, None if rebuilt else effective)
-        return y if bias is None else y + bias.to(y.dtype)
+        ctx.bias = bias.detach() if plan.identity and ctx.tangent and bias is not None else None
+        return output
 
     @staticmethod
     @once_differentiable
@@ -138,6 +142,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         y = ctx.output and ctx.output.take()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.output = None  # its memory is needed by the layers below
+        if y is not None and ctx.bias is not None:
+            y = y - ctx.bias
 
     needs_x, _, needs_bias, needs_R, _, needs_P = ctx.needs_input_grad[:6]
     grad_x = grad_bias = grad_R = grad_P = None

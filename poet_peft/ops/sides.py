@@ -71,10 +71,6 @@ class Side(NamedTuple):
         """Whether every plane is where it started. Waits for the device."""
         return not bool(self.upper.detach().any())
 
-    def checked_identity(self) -> Side:
-        """This side for a compiled graph that takes it for the identity: it fails where that is not so."""
-        return self._replace(upper=_checked_identity(self.upper))
-
     def blocks_at_identity(self) -> SideBlocks:
         """All blocks, for a side that is known to be the identity."""
         ordering = block_ordering(self.index, self.partition.dim)
@@ -92,23 +88,26 @@ class Side(NamedTuple):
         return blocks._replace(inverses=None if any(inverse is None for inverse in inverses) else inverses)
 
 
-# torch.compile cannot branch on values: it sees one operator.
-@torch.library.custom_op("poet_peft::checked_identity", mutates_args=(), schema="(Tensor upper) -> Tensor")
-def _checked_identity(upper: Tensor) -> Tensor:
+def identity_check(side: Side) -> Tensor:
+    """Zero, for a compiled graph that takes a side for the identity to add to its output: it fails where that is not
+    so."""
+    return _identity_check(side.upper.detach())
+
+
+# torch.compile cannot branch on values: it sees one operator, and would drop one whose result nobody needs.
+@torch.library.custom_op("poet_peft::identity_check", mutates_args=(), schema="(Tensor upper) -> Tensor")
+def _identity_check(upper: Tensor) -> Tensor:
     if bool(upper.any()):
         raise RuntimeError(
             "a compiled model was made for rotations that are folded after every step (merge_interval=1), and meets "
             "one that is not the identity. Call merge_and_reinitialize(model, optimizer) first."
         )
-    return upper.clone()
+    return upper.new_zeros(())
 
 
-@_checked_identity.register_fake
+@_identity_check.register_fake
 def _(upper: Tensor) -> Tensor:
-    return torch.empty_like(upper)
-
-
-_checked_identity.register_autograd(lambda ctx, grad: grad)
+    return upper.new_empty(())
 
 
 class KeptBlocks:

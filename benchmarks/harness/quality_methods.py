@@ -1,0 +1,111 @@
+"""The methods of the pretraining comparison: each makes of a plain Llama the model it trains, and its optimizers."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
+
+from .llama import PRESETS, llama, targeted_layers
+
+
+# Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
+SIZES = {"4m": PRESETS["20m"], "15m": (512, 1376, 4, 8), "tiny": PRESETS["tiny"]}
+
+
+def build(run, tokens):
+    """The model, ready to train, and its optimizers, whose groups have the peak learning rates."""
+    torch.manual_seed(run.seed)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokens.eos_token_id)
+    model = llama(SIZES[run.size], tokens.vocab_size, tokens.train.shape[1], **special)
+    if not is_poet(run.method) and run.base_init != "usual":
+        initialize_base_weights(model, run.base_init, seed=run.seed)
+    model, optimizers = METHODS[run.method](model, run)
+    model.train()
+    return model, optimizers
+
+
+def is_poet(method):
+    return method.startswith("poet-")
+
+
+def keeps_singular_values(method):
+    return is_poet(method) or method == "frozen"
+
+
+def options(run, kind):
+    """The run's options of one kind: {NAME: value} of "KIND.NAME"."""
+    parts = {key: key.partition(".") for key in run.options}
+    return {name: run.options[key] for key, (before, _, name) in parts.items() if before == kind}
+
+
+def frozen(model, run):
+    for weight in linear_weights(model):
+        weight.requires_grad_(False)
+    return model, [adamw(rest_groups(model, run), run)]
+
+
+def full_adamw(model, run):
+    linear = {"params": linear_weights(model), "lr": run.matrix_lr, "weight_decay": run.weight_decay}
+    return model, [adamw([linear, *rest_groups(model, run)], run)]
+
+
+def muon(model, run):
+    settings = {"lr": run.matrix_lr, "weight_decay": run.weight_decay, **options(run, "optimizer")}
+    return model, [torch.optim.Muon(linear_weights(model), **settings), adamw(rest_groups(model, run), run)]
+
+
+def lora(model, run):
+    rest = rest_groups(model, run)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", **options(run, "config")))
+    adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
+    for group in rest:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    return model, [adamw([{"params": adapters, "lr": run.matrix_lr, "weight_decay": run.weight_decay}, *rest], run)]
+
+
+def poet_paper(model, run):
+    model = poet_model(model, run, recipe="paper")
+    groups = poet_param_groups(model, lr=run.lr, poet_lr=run.matrix_lr, weight_decay=run.weight_decay)
+    return model, [adamw(groups, run)]
+
+
+def poet_ortho(model, run):
+    model = poet_model(model, run, recipe="ortho")
+    angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}  # else the angle law
+    groups = poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle, **options(run, "groups"))
+    return model, [RotationMuon(groups, betas=run.betas, **options(run, "optimizer"))]
+
+
+def poet_model(model, run, **settings):
+    base_init = None if run.base_init == "usual" else run.base_init
+    settings |= {"base_init": base_init, "seed": run.seed, **options(run, "config")}
+    return get_peft_model(model, POETConfig.for_pretraining(**settings))
+
+
+def linear_weights(model):
+    return [layer.weight for layer in targeted_layers(model)]
+
+
+def rest_groups(model, run):
+    """Everything but the linear layers. As with `poet_param_groups` only the head decays."""
+    head = model.get_output_embeddings().weight
+    others = {id(parameter) for parameter in [*linear_weights(model), head]}
+    return [
+        {"params": [head], "lr": run.lr, "weight_decay": run.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in others], "lr": run.lr, "weight_decay": 0.0},
+    ]
+
+
+def adamw(groups, run):
+    return torch.optim.AdamW(groups, betas=run.betas, fused=True)
+
+
+METHODS = {
+    "frozen": frozen,
+    "adamw": full_adamw,
+    "muon": muon,
+    "lora": lora,
+    "poet-paper": poet_paper,
+    "poet-ortho": poet_ortho,
+}

@@ -1,0 +1,222 @@
+"""One run of the pretraining comparison: its settings, its training loop, and what it measures."""
+
+import math
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+
+import poet_peft
+
+from .llama import targeted_layers
+from .quality_methods import METHODS, build, is_poet, keeps_singular_values
+
+
+BATCH_SIZE = 4
+MIN_LR = 0.01  # of the peak
+MAX_NORM = 1.0
+TRAIN_LOG, HELD_OUT_LOG = 10, 100  # steps
+NUM_CURVE = 64  # held-out sequences of the loss curve; the loss at the end is that of all
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run. Seed: of the order of the data and of the initial weights, equal for all methods.
+
+    Attributes:
+        method: a key of `METHODS`.
+        lr: peak learning rate of everything but the linear layers: embeddings, norms and head.
+        matrix_lr: peak learning rate of the linear layers, or of what a method trains in them; of "poet-ortho" the angle
+            of a step in radians. None where the method has none.
+        size: a key of `SIZES`.
+        data: "stdlib" or "gsm8k".
+        steps: of BATCH_SIZE sequences.
+        weight_decay: of matrices, the head among them; never of embeddings, norms and rotations.
+        warmup: share of the steps in which the learning rates rise.
+        betas: of AdamW.
+        base_init: initial weights of the linear layers, see `POETConfig`, or "usual", the model's own.
+        options: a method's own settings, "config.NAME" of its PEFT configuration, "optimizer.NAME" of the optimizer of
+            its linear layers, "groups.NAME" of `poet_param_groups`.
+    """
+
+    method: str
+    lr: float
+    matrix_lr: float | None = None
+    size: str = "4m"
+    data: str = "stdlib"
+    steps: int = 400
+    seed: int = 42
+    weight_decay: float = 0.01
+    warmup: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    base_init: str = "normalized"
+    options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup} is a share of the steps, at least 0 and below 1.")
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
+
+    @property
+    def name(self):
+        """Of its result file, in the folder of its size and data."""
+        rates = [f"m{self.matrix_lr:g}"] * (self.matrix_lr is not None) + [f"lr{self.lr:g}"]
+        options = [f"{key.partition('.')[2]}={value}" for key, value in sorted(self.options.items())]
+        beta1, beta2 = self.betas
+        others = [f"wd{self.weight_decay:g}", f"wu{self.warmup:g}", f"b{beta1:g}-{beta2:g}", self.base_init]
+        return "_".join([self.method, str(self.steps), f"s{self.seed}", *rates, *others, *options])
+
+    @property
+    def family(self):
+        """What the run is a run of: the method, its variant, and initial weights if they are the model's own."""
+        variant = {"block_stochastic": "-bs", "fully_stochastic": "-fs"}.get(self.options.get("config.variant"), "")
+        return self.method + variant + "-usual" * (self.base_init == "usual")
+
+
+def schedule(step, run):
+    """What the learning rates are multiplied by at a step, counted from 0: linear warm-up, then cosine to MIN_LR."""
+    num_warmup = round(run.warmup * run.steps)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    progress = (step - num_warmup) / (run.steps - num_warmup)
+    return MIN_LR + (1 - MIN_LR) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def batches(sequences, run):
+    """A batch (BATCH_SIZE, length) for each step, every sequence once before any comes again."""
+    generator = torch.Generator().manual_seed(run.seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(run.steps):
+        if len(order) < BATCH_SIZE:
+            order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
+        yield sequences[order[:BATCH_SIZE]]
+        order = order[BATCH_SIZE:]
+
+
+@torch.no_grad()
+def evaluate(model, sequences):
+    """The mean loss of each sequence, in nats a token."""
+    model.eval()
+    losses = []
+    for ids in sequences.split(BATCH_SIZE):
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        losses.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1))
+    model.train()
+    return torch.cat(losses)
+
+
+def measure(run, tokens):
+    """Trains, and returns what goes into the result file.
+
+    A run diverged, and is ended, where its loss is not finite or twice that of guessing.
+    """
+    torch.set_num_threads(1)
+    model, optimizers = build(run, tokens)
+    parameters = count_parameters(model, optimizers)
+    before = singular_values(model) if keeps_singular_values(run.method) else None
+    trained = _train(run, tokens, model, optimizers)
+    result = {"run": asdict(run), "family": run.family, "loss": None, "loss_se": None, **trained}
+    if trained["diverged"] is None:
+        losses = evaluate(model, tokens.held_out)
+        result["loss"] = round(losses.mean().item(), 5)
+        result["loss_se"] = round((losses.std() / len(losses) ** 0.5).item(), 5)
+        result["losses"] = [round(loss, 4) for loss in losses.tolist()]
+        result["held_out_tokens"] = losses.numel() * (tokens.held_out.shape[1] - 1)
+        if before is not None:
+            if is_poet(run.method):
+                model.merge_adapter()
+            result["drift"] = drift(before, singular_values(model))
+    modules = torch, transformers, peft, poet_peft
+    versions = {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}
+    return result | {"parameters": parameters, "versions": versions, "hardware": poet_peft.hardware()}
+
+
+def count_parameters(model, optimizers):
+    """Of the plain model, of its linear layers but the head, and of what is trained."""
+    adapted = [module for module in model.modules() if hasattr(module, "base_layer")]
+    added = sum(p.numel() for module in adapted for p in module.parameters()) - sum(
+        p.numel() for module in adapted for p in module.base_layer.parameters()
+    )
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {
+        "model": sum(p.numel() for p in model.parameters()) - added,
+        "linear": sum(layer.weight.numel() for layer in plain_layers(model)),
+        "trained": sum(p.numel() for group in groups for p in group["params"]),
+    }
+
+
+def plain_layers(model):
+    """The linear layers but the head, without their adapters."""
+    return [getattr(layer, "base_layer", layer) for layer in targeted_layers(model)]
+
+
+def _train(run, tokens, model, optimizers):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    in_linear = [parameter for layer in targeted_layers(model) for parameter in layer.parameters()]
+    limit = 2 * math.log(tokens.vocab_size)
+    wall, cpu, losses, curve = [], [], [], []
+    gradient_bytes = diverged = None
+    for step, ids in enumerate(batches(tokens.train, run)):
+        start = time.perf_counter(), time.process_time()
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * schedule(step, run)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if gradient_bytes is None:
+            gradient_bytes = sum(p.grad.nbytes for p in in_linear if p.grad is not None)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        wall.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+        if not losses[-1] < limit:
+            diverged = step + 1
+            break
+        if (step + 1) % HELD_OUT_LOG == 0:
+            curve.append([step + 1, round(evaluate(model, tokens.held_out[:NUM_CURVE]).mean().item(), 4)])
+    states = [state for optimizer in optimizers for p, state in optimizer.state.items() if _is_in(p, in_linear)]
+    return {
+        "diverged": diverged,
+        "held_out_curve": curve,
+        "train_curve": [
+            [step, round(statistics.mean(losses[step - TRAIN_LOG : step]), 4)]
+            for step in range(TRAIN_LOG, len(losses) + 1, TRAIN_LOG)
+            if diverged is None
+        ],
+        "train_seconds": round(sum(wall), 1),
+        "train_cpu_seconds": round(sum(cpu), 1),
+        "step_seconds": round(statistics.median(wall), 4),
+        "step_cpu_seconds": round(statistics.median(cpu), 4),
+        "gradient_bytes": gradient_bytes,
+        "optimizer_bytes": sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t) and t.dim()),
+        "tokens": len(losses) * BATCH_SIZE * tokens.train.shape[1],
+    }
+
+
+def _is_in(tensor, tensors):
+    return any(tensor is other for other in tensors)
+
+
+def singular_values(model):
+    """Of every linear weight but the head's, in fp64."""
+    return [torch.linalg.svdvals(layer.weight.detach().double()) for layer in plain_layers(model)]
+
+
+def drift(before, after):
+    """The largest change of a singular value, over that value itself and over the layer's largest."""
+    pairs = [(old, (new - old).abs()) for old, new in zip(before, after, strict=True)]
+    return {
+        "relative": float(f"{max((change / old).max().item() for old, change in pairs):.3g}"),
+        "of_largest": float(f"{max((change / old[0]).max().item() for old, change in pairs):.3g}"),
+    }

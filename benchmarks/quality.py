@@ -1,0 +1,146 @@
+"""The pretraining comparison: every method with learning rates bracketed on both sides, at equal data and schedule.
+
+    python -m benchmarks.quality --plan tune                    # one process, one thread; begin a second one beside it
+    python -m benchmarks.quality --plan tune --only muon
+    python -m benchmarks.quality --plan final
+    python -m benchmarks.quality --list                         # what is measured, best first
+
+A run is kept in `results/quality/SIZE/DATA/`, a file each, and is not made again. Processes share the runs of a plan: each
+takes those that no other is at. What was cut off begins anew.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+
+from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
+from benchmarks.harness.quality_run import Run, measure
+from benchmarks.harness.run_files import claimed, read_result, write_result
+from benchmarks.harness.token_cache import read_tokens
+
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+
+# Where each search begins: the best known before, at the same size, data and steps.
+STARTS = {
+    "adamw": Run("adamw", lr=1e-2, matrix_lr=1e-3),
+    "muon": Run("muon", lr=1e-2, matrix_lr=2e-2),
+    "poet-ortho": Run("poet-ortho", lr=1e-2, matrix_lr=2e-2, betas=(0.9, 0.95)),
+    "poet-paper": Run("poet-paper", lr=1e-2, matrix_lr=1e-3, options={"config.merge_interval": 200}),
+    "frozen": Run("frozen", lr=1e-2),
+}
+RATES = [Rate("matrix_lr"), Rate("lr")]
+CHOICES = [
+    Choice(({"weight_decay": 0.0}, {"weight_decay": 0.1})),
+    Choice(({"warmup": 0.05},)),
+    Choice(({"betas": (0.9, 0.95)}, {"betas": (0.9, 0.999)})),
+]
+ORTHO = Choice(
+    (
+        {"options": {"optimizer.momentum": 0.9, "optimizer.nesterov": False}},
+        {"options": {"optimizer.momentum": 0.9}},
+    )
+)
+COORDINATES = {
+    "frozen": [Rate("lr")],
+    "poet-ortho": [*RATES, ORTHO, *CHOICES],
+}
+# Each part of the recipe left out, or changed, at the best settings of it.
+PARTS = {
+    "both sides at once": {"optimizer.alternate": False},
+    "without look-ahead": {"optimizer.nesterov": False},
+    "3 Newton-Schulz steps": {"optimizer.num_newton_schulz_steps": 3},
+    "blocks of 128": {"config.block_size": 128},
+    "blocks of 64": {"config.block_size": 64},
+    "initial weights x 0.7": {"config.base_init_scale": 0.7},
+    "initial weights x 1.4": {"config.base_init_scale": 1.4},
+}
+SEEDS = (42, 43, 44)
+FINAL_STEPS = 1600
+
+
+def path_of(run):
+    return RESULTS / run.size / run.data / f"{run.name}.json"
+
+
+def losses_of(runs):
+    """The held-out losses of runs, infinite where they diverged.
+
+    Raises:
+        Unmeasured: names the runs without a result.
+    """
+    results = [read_result(path_of(run)) for run in runs]
+    if missing := [run for run, result in zip(runs, results, strict=True) if result is None]:
+        raise Unmeasured(missing)
+    return [math.inf if result["loss"] is None else result["loss"] for result in results]
+
+
+def tuned(method, changes):
+    """The best run of a method; raises `Unmeasured` where the search has not come so far."""
+    return search(replace(STARTS[method], **changes), COORDINATES.get(method, [*RATES, *CHOICES]), losses_of)
+
+
+def wanted(plan, methods, changes):
+    """Runs to make next for each method, in their order."""
+    for method in methods:
+        try:
+            best = tuned(method, changes)
+        except Unmeasured as unmeasured:
+            yield unmeasured.runs if plan == "tune" else []
+            continue
+        if plan == "parts":
+            yield [replace(best, options={**best.options, **part}) for part in PARTS.values()]
+        elif plan == "final":
+            yield [replace(best, seed=seed, steps=FINAL_STEPS) for seed in SEEDS]
+        else:
+            yield []
+
+
+def make(plan, methods, changes, gsm8k):
+    """Make all runs of a plan that no other process is at; a search goes on as soon as its runs are there."""
+    tokens = None
+    while True:
+        columns = list(wanted(plan, methods, changes))
+        runs = [run for row in zip_longest(*columns) for run in row if run is not None]
+        for run in runs:
+            path = path_of(run)
+            with claimed(path) as is_mine:
+                if is_mine:
+                    tokens = tokens or read_tokens(run.data, gsm8k)
+                    result = measure(run, tokens)
+                    write_result(path, result)
+                    print(f"{run.name}: {result['loss']}, {result['train_cpu_seconds']} CPU seconds", flush=True)
+                    break
+        else:
+            return
+
+
+def show():
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*/*/*.json"))]
+    for result in sorted(results, key=lambda result: result["loss"] or math.inf):
+        run = Run(**result["run"])
+        loss = "diverged" if result["loss"] is None else f"{result['loss']:.4f} +- {result['loss_se']:.4f}"
+        print(f"{run.size} {run.data} {loss} {result['train_cpu_seconds']:6.0f} s  {run.name}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=["tune", "parts", "final"], help="learning rates, parts left out, long runs")
+    parser.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS), help="methods")
+    parser.add_argument("--size", default="4m", help="4m or 15m")
+    parser.add_argument("--data", default="stdlib", help="stdlib or gsm8k")
+    parser.add_argument("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--list", action="store_true", help="print what is measured")
+    args = parser.parse_args()
+    if args.plan:
+        methods = [method for method in args.only if args.plan != "parts" or method == "poet-ortho"]
+        make(args.plan, methods, {"size": args.size, "data": args.data}, args.gsm8k)
+    if args.list or not args.plan:
+        show()
+
+
+if __name__ == "__main__":
+    main()
