@@ -1,6 +1,5 @@
 """The benchmark commands: what they count, fit and write, and that the READMEs say what the results say."""
 
-import gc
 import json
 import os
 import re
@@ -24,15 +23,6 @@ from poet_peft.ops import paths
 
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collections():
-    """Every memory measurement collects garbage many times, which need not look at what was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # Memory

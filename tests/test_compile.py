@@ -2,32 +2,17 @@
 
 import pytest
 import torch
-from cases import Case, inputs, randomize, relative_error, rotated
-from models import adamw, llama, tokens, wrap
+from cases import PLAIN, for_cases, inputs, randomize, relative_error, rotated
+from models import ADAPTERS, adamw, llama, tokens, wrap
 from torch._dynamo.utils import counters
 
 from poet_peft import merge_and_reinitialize
 
 
-CASES = [
-    Case("plain"),
-    Case("conv1d", kind="conv1d"),
-    Case("remainder", 19, 22),
-    Case("one-output", 1, 12, block_size=4),
-    Case("fully-stochastic", variant="fully_stochastic"),
-    Case("exact", orthogonal_map="cayley"),
-    Case("bfloat16", dtype=torch.bfloat16),
-]
-FEW = [CASES[0], CASES[2], CASES[-1]]
-for_few_cases = pytest.mark.parametrize("case", FEW, ids=[case.name for case in FEW])
-for_cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-REGIMES = {
-    "block_stochastic": {"merge_interval": 4},
-    "fully_stochastic": {"merge_interval": 4},
-    "exact_cayley": {"merge_interval": 4},
-    "pretraining": {},
-}
-for_regimes = pytest.mark.parametrize("regime", REGIMES)
+FEW = {"plain", "remainder", "bfloat16"}
+for_few = for_cases(lambda case: case.name in FEW)
+for_more = for_cases(lambda case: case.name in {*FEW, "conv1d", "one-output", "fully-stochastic", "exact"})
+for_regimes = pytest.mark.parametrize("regime", [*ADAPTERS, "pretraining"])
 
 
 @pytest.fixture(autouse=True)
@@ -72,25 +57,23 @@ def assert_close(actual, expected, tolerance=1e-5):
 # A layer
 
 
-@for_cases
-@pytest.mark.parametrize("num_tokens", [2, 64])
-def test_compiled_layer_gives_the_same_loss_and_gradients(case, num_tokens):
+@for_more
+def test_compiled_layer_gives_the_same_loss_and_gradients(case):
     _, layer = rotated(case)
-    x = inputs(case, num_tokens)
+    x = inputs(case, 64)
     expected = loss_and_gradients(layer, layer, x)
     tolerance = 2e-2 if case.dtype == torch.bfloat16 else 1e-5
     assert_close(loss_and_gradients(layer, compiled(layer), x), expected, tolerance)
 
 
 def test_compiled_layer_under_autocast_gives_the_same_output():
-    case = CASES[0]
-    _, layer = rotated(case)
-    x = inputs(case, 8)
+    _, layer = rotated(PLAIN)
+    x = inputs(PLAIN, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative_error(compiled(layer)(x), layer(x)) < 1e-2
 
 
-@for_few_cases
+@for_few
 def test_fold_recompiles_no_layer(case):
     model, layer = rotated(case, merge_interval=4)
     forward = compiled(layer)
@@ -105,7 +88,7 @@ def test_fold_recompiles_no_layer(case):
     assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
 
 
-@for_few_cases
+@for_few
 def test_compiled_layer_computes_with_the_folded_weight(case):
     model, layer = rotated(case, merge_interval=4)
     forward = compiled(layer)
@@ -121,7 +104,7 @@ def test_compiled_layer_computes_with_the_folded_weight(case):
 
 
 def compiled_to_train(regime):
-    model = wrap(llama(num_hidden_layers=1), regime, **REGIMES[regime]).train()
+    model = wrap(llama(num_hidden_layers=1), regime, merge_interval=4).train()
     return model, compiled(model), adamw(model)
 
 

@@ -116,9 +116,9 @@ def test_accelerate_launch_gives_the_same_bits_as_torchrun(ddp, accelerated):
 
 
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory):
+def fsdp(forks, tmp_path_factory):
     directory = tmp_path_factory.mktemp("fsdp")
-    launch(TORCHRUN, "fsdp_run.py", directory)
+    forks.launch("fsdp_run.py", directory)
     return directory
 
 

@@ -19,8 +19,6 @@ from poet_peft.maths.orthogonal import CayleyNeumann
 
 
 CASE = Case("wide", 96, 64, block_size=16)
-MODES = ["inference", "training"]
-for_modes = pytest.mark.parametrize("mode", MODES)
 
 
 def x():
@@ -185,8 +183,15 @@ CHANGES = [
 ]
 
 
-@for_modes
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+# Inference keeps the same blocks, but for the inverses: one change of each tensor.
+IN_INFERENCE = [optimizer_step, edit_the_weight_through_data, edit_a_rotation_through_data, edit_the_index, fold]
+
+
+@pytest.mark.parametrize(
+    ("change", "mode"),
+    [*((change, "training") for change in CHANGES), *((change, "inference") for change in IN_INFERENCE)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_call_after_a_change_is_that_of_the_changed_parameters(change, mode):
     model, layer = filled(mode)
     before = evaluate(layer, mode)
@@ -197,7 +202,7 @@ def test_call_after_a_change_is_that_of_the_changed_parameters(change, mode):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@for_modes
+@pytest.mark.parametrize("mode", ["inference", "training"])
 def test_dtype_of_the_layer_may_change(mode):
     _, layer = filled(mode)
     layer.double()

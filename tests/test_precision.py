@@ -1,7 +1,6 @@
 """16-bit weights, autocast, gradient scalers, numbers that are not finite: no digit is lost, nothing bad is folded."""
 
 import functools
-import gc
 
 import pytest
 import torch
@@ -19,15 +18,6 @@ from poet_peft.weights.residual import join, split
 
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_garbage():
-    """Trainer collects garbage at the start of a run, which takes longer than our runs do in all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # Singular values through many folds

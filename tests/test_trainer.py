@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import gc
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +19,6 @@ from poet_peft.optim import rotation_parameters
 
 
 LENGTH = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_garbage():
-    """Trainer collects garbage at the start of a run, which takes longer than our runs do in all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache
