@@ -1,7 +1,7 @@
 """Runs scripts, each in a fork of this process, which has imported the libraries; see `launch.Forks`.
 
-Reads a line for each group of processes that run at the same time, a JSON list: of each its command, where it runs and
-with what more in its environment, where its output goes, and after how many seconds it is killed. Answers with the list
+Reads a line for each group of processes that run at the same time, a JSON list: of each its command, where it runs,
+what is added to its environment, where its output goes, and after how many seconds it is killed. Answers with the list
 of their return codes, once all have ended; where one fails, the others are killed.
 """
 
