@@ -27,9 +27,10 @@ def launch(launcher, script, *arguments):
 
 
 class Forks:
-    """Runs scripts as `python SCRIPT ...` does, but in forks of one new process which has imported the libraries.
+    """Runs what follows `python`, `SCRIPT ...` or `-m MODULE ...`, in forks of one new process.
 
-    Importing them takes longer than the runs do. The process is started at the first run, with one thread as here.
+    That process has imported the libraries, which takes longer than the runs do. It is started at the first run, with
+    as many threads as there are here.
     """
 
     def __init__(self):
@@ -43,9 +44,9 @@ class Forks:
             self._server.stdin.close()
             self._server.wait(timeout=60)
 
-    def run(self, script, *arguments, timeout=300):
+    def run(self, *arguments, timeout=300):
         """A `subprocess.CompletedProcess`. One that takes longer than `timeout` seconds ends by a signal."""
-        (process,) = self._run([{}], script, *arguments, timeout=timeout)
+        (process,) = self._run([{}], *arguments, timeout=timeout)
         return process
 
     def launch(self, script, *arguments):
@@ -57,7 +58,7 @@ class Forks:
         for process in self._run(ranks, WORKERS / script, *arguments, timeout=600):
             assert process.returncode == 0, process.stderr[-5000:]
 
-    def _run(self, environments, script, *arguments, timeout):
+    def _run(self, environments, *arguments, timeout):
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, str(WORKERS / "fork_server.py")],
@@ -66,7 +67,7 @@ class Forks:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        command = [str(script), *map(str, arguments)]
+        command = list(map(str, arguments))
         with tempfile.TemporaryDirectory() as directory:
             places = [str(Path(directory, str(number))) for number in range(len(environments))]
             processes = [

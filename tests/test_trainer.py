@@ -67,6 +67,21 @@ class Recorder(TrainerCallback):
         self.weights.append(layers[3].get_base_layer().weight.detach().clone())
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """What a `Recorder` saw of a run of 10 steps, by regime, accumulation and intervals."""
+
+    @functools.cache
+    def run(regime, accumulation, **intervals):
+        recorder = Recorder()
+        model = wrap(llama(), regime, **intervals)
+        directory = tmp_path_factory.mktemp("recorded")
+        trainer_of(model, directory, POETCallback(), recorder, gradient_accumulation_steps=accumulation).train()
+        return recorder
+
+    return run
+
+
 # Learning
 
 
@@ -120,19 +135,15 @@ def test_training_in_bfloat16_autocast_lowers_the_loss(tmp_path):
 # When folds happen
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("regime", PERIODIC)
-def test_folds_happen_exactly_at_multiples_of_merge_interval(tmp_path, regime, accumulation):
-    recorder = Recorder()
-    model = wrap(llama(), regime, merge_interval=3)
-    trainer_of(model, tmp_path, POETCallback(), recorder, gradient_accumulation_steps=accumulation).train()
-    assert recorder.folds == [step // 3 for step in range(1, 11)]
+@pytest.mark.parametrize(("regime", "accumulation"), [("periodic", 1), ("pretraining", 1), ("pretraining", 2)])
+def test_folds_happen_exactly_at_multiples_of_merge_interval(recorded, regime, accumulation):
+    folds = recorded(regime, accumulation, merge_interval=3).folds
+    assert folds == [step // 3 for step in range(1, 11)]
 
 
-def test_base_weights_change_at_folds_and_at_no_other_step(tmp_path):
-    recorder = Recorder()
-    trainer_of(wrap(llama(), "pretraining", merge_interval=3), tmp_path, POETCallback(), recorder).train()
-    changed = [not torch.equal(a, b) for a, b in zip(recorder.weights, recorder.weights[1:], strict=False)]
+def test_base_weights_change_at_folds_and_at_no_other_step(recorded):
+    weights = recorded("pretraining", 1, merge_interval=3).weights
+    changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
     assert changed == [step % 3 == 0 for step in range(2, 11)]
 
 
@@ -145,18 +156,14 @@ def test_base_weights_change_at_folds_and_at_no_other_step(tmp_path):
         (0, 1, [0] * 10),
     ],
 )
-def test_reinitialisations_happen_at_multiples_of_reinit_interval(tmp_path, reinit_interval, accumulation, epochs):
-    recorder = Recorder()
-    model = wrap(llama(), "pretraining", merge_interval=2, reinit_interval=reinit_interval)
-    trainer_of(model, tmp_path, POETCallback(), recorder, gradient_accumulation_steps=accumulation).train()
+def test_reinitialisations_happen_at_multiples_of_reinit_interval(recorded, reinit_interval, accumulation, epochs):
+    recorder = recorded("pretraining", accumulation, merge_interval=2, reinit_interval=reinit_interval)
     assert recorder.epochs == epochs
 
 
-def test_folds_do_not_depend_on_reinitialisations(tmp_path):
-    recorder = Recorder()
-    model = wrap(llama(), "pretraining", merge_interval=2, reinit_interval=4)
-    trainer_of(model, tmp_path, POETCallback(), recorder).train()
-    assert recorder.folds == [step // 2 for step in range(1, 11)]
+def test_folds_do_not_depend_on_reinitialisations(recorded):
+    folds = recorded("pretraining", 1, merge_interval=2, reinit_interval=4).folds
+    assert folds == [step // 2 for step in range(1, 11)]
 
 
 def test_folds_happen_in_a_model_with_transformers_own_adapter(tmp_path):

@@ -36,11 +36,15 @@ def become(command, directory, cwd, environment, timeout):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
     returncode = 0
     try:
-        runpy.run_path(command[0], run_name="__main__")
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).parent))
+            runpy.run_path(command[0], run_name="__main__")
     except SystemExit as exit:
         returncode = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
         if isinstance(exit.code, str):
