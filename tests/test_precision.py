@@ -22,12 +22,12 @@ LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf
 
 # Singular values through many folds
 
-NUM_FOLDS = 1000
+NUM_FOLDS = 300
 
 
 @functools.cache
 def drift(dtype, compensated_folds=True):
-    """Largest relative change of any singular value in 1,000 folds that turn by about 0.04 radians each."""
+    """Largest relative change of any singular value in folds that turn by about 0.04 radians each."""
     case = Case("drift", 48, 32, block_size=16, dtype=dtype)
     model, layer = rotated(case, merge_interval=1, compensated_folds=compensated_folds)
     before = torch.linalg.svdvals(layer.base_weight.read_exact(layer.residual).double())
@@ -40,7 +40,7 @@ def drift(dtype, compensated_folds=True):
 
 @pytest.mark.slow
 @LOW
-def test_singular_values_survive_a_thousand_compensated_folds(dtype):
+def test_singular_values_survive_hundreds_of_compensated_folds(dtype):
     assert drift(dtype) < 5e-4
 
 
