@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import models
 import pytest
 import torch
-from models import ADAPTERS, PERIODIC, assert_same_state, llama, logits, poet_config, state, wrap
+from models import ADAPTERS, PERIODIC, assert_same_state, logits, poet_config, state, wrap
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -19,6 +20,11 @@ from poet_peft.optim import rotation_parameters
 
 
 LENGTH = 24
+
+
+def llama(seed=0):
+    """Of one layer: 7 linear layers with 14 rotations."""
+    return models.llama(seed=seed, num_hidden_layers=1)
 
 
 @functools.cache
@@ -179,7 +185,7 @@ def test_last_report_is_of_the_latest_fold(tmp_path):
     assert callback.last_report is None
     trainer_of(wrap(llama(), "pretraining"), tmp_path, callback).train()
     assert isinstance(callback.last_report, MergeReport)
-    assert (callback.last_report.num_layers, callback.last_report.num_reinits) == (14, 2)
+    assert (callback.last_report.num_layers, callback.last_report.num_reinits) == (7, 2)
 
 
 class Reporter(TrainerCallback):
@@ -233,7 +239,7 @@ def test_optimizer_state_of_the_rotations_starts_anew_with_every_fold(tmp_path):
     callback = POETCallback()
     trainer = trainer_of(wrap(llama(), "pretraining"), tmp_path, callback, max_steps=9)
     trainer.train()
-    assert callback.last_report.num_states_reset == 28
+    assert callback.last_report.num_states_reset == 14
     steps = {int(trainer.optimizer.state[parameter]["step"]) for parameter in rotation_parameters(trainer.model)}
     assert steps == {1}
 
