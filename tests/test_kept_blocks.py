@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from poet_peft import merge_and_reinitialize
 from poet_peft.maths.orthogonal import CayleyNeumann
+from poet_peft.ops.paths import compute_path
 
 
 CASE = Case("wide", 96, 64, block_size=16)
@@ -265,6 +266,15 @@ def test_generation_computes_no_blocks_again(mapped):
     at_first = len(mapped)
     model.generate(tokens(), max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert len(mapped) == at_first > 0
+
+
+def test_blocks_of_an_inference_get_their_inverses_in_training(mapped):
+    _, layer = rotated(CASE)
+    evaluate(layer, "inference")
+    with compute_path("tangent"):
+        layer(x()).square().sum().backward()
+    assert len(mapped) == 2
+    assert all(rotation._kept._values[2].inverses is not None for rotation in layer.rotations("default"))
 
 
 def test_memory_efficient_computes_them_in_forward_and_in_backward(mapped):

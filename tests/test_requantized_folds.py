@@ -470,11 +470,9 @@ def test_plain_base_refuses_the_file(name, saved):
 
 
 def test_packed_values_of_another_dtype_are_refused(edited):
-    key = f"{FIRST}.base_layer.weight"
-    change = lambda tensors: tensors.update({key: tensors[key].view(torch.float16)})  # noqa: E731
-    refused(
-        "nf4-stored-as-bf16", edited("nf4-stored-as-bf16", change), "quantized weights of another dtype: .*float16"
-    )
+    name, key = "nf4-stored-as-bf16", f"{FIRST}.base_layer.weight"
+    directory = edited(name, lambda tensors: tensors.update({key: tensors[key].view(torch.float16)}))
+    refused(name, directory, "quantized weights of another dtype: .*float16")
 
 
 @for_every_library
