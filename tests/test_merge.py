@@ -28,7 +28,7 @@ from cases import (
     wrap,
 )
 
-from poet_peft import POETConfig
+from poet_peft import POETConfig, merge_and_reinitialize
 
 
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -117,6 +117,17 @@ def test_merge_of_the_series_keeps_singular_values_within_its_bound(case, theta)
     layer.merge()
     after = torch.linalg.svdvals(matrix(layer.get_base_layer()))
     assert ((after - before).abs() <= (bound - 1) * before + 2e-6 * before[0]).all()
+
+
+@low_precision
+def test_residual_of_a_fold_does_not_belong_to_the_merged_weight(dtype):
+    model, layer = rotated(Case("low", dtype=dtype), merge_interval=10)
+    merge_and_reinitialize(model)
+    assert layer.residual.any()
+    layer.merge()
+    assert layer.residual is None
+    layer.unmerge()
+    assert layer.residual.any()
 
 
 def test_merge_and_unload_gives_a_plain_model():

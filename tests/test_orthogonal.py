@@ -5,6 +5,7 @@ import torch
 from cases import normal
 
 from poet_peft.maths.orthogonal import (
+    CayleyNeumann,
     cayley,
     cayley_by_series,
     cayley_delta,
@@ -375,3 +376,19 @@ def test_cayley_by_series_keeps_what_is_not_finite_to_its_block():
     delta = cayley_by_series(Q)
     assert torch.isfinite(delta[0]).all()
     assert torch.isnan(delta[1]).any()
+
+
+def test_series_is_folded_as_the_orthogonal_matrix_next_to_it_where_that_is_within_rounding():
+    """So that many folds of small angles do not wear singular values down."""
+    Q = skew_of_norm(2, 0.028, dtype=torch.float32)[None]
+    exact = cayley(Q.double()) - torch.eye(2)
+    series = CayleyNeumann(3, adaptive=False)
+    delta = series.delta(Q)
+    assert (delta - exact).abs().max() > 4e-7
+    assert (series.fold_delta(Q, delta) - exact).abs().max() < 5e-8
+
+
+def test_series_of_a_large_angle_is_folded_as_it_is():
+    Q = skew_of_norm(2, 0.1, dtype=torch.float32)[None]
+    series = CayleyNeumann(3, adaptive=False)
+    assert torch.equal(series.fold_delta(Q, series.delta(Q)), series.delta(Q))
