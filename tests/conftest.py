@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,15 @@ def pytest_xdist_make_scheduler(config, log):
 
     if config.getvalue("dist") != "load":
         return None
-    config.option.loadscopereorder = False  # by the number of tests, which says little of their time
+    config.option.loadscopereorder = False  # they are in order, see below
     return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that no worker is left with one of them at the end."""
+    """Files with slow tests first, then those with many, so that no worker is left with a long one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    num_tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -num_tests[item.path], item.path))
 
 
 def pytest_collection_finish():
