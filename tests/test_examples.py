@@ -165,7 +165,7 @@ def test_block_size_that_is_no_integer_is_refused(example, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_finetune_default_model(forks, tmp_path):
     write_questions(tmp_path / "data.jsonl")
-    small = ["--max_steps", 2, "--num_test_rows", 4, "--learning_rate", 1e-3]
+    small = ["--max_steps", 2, "--num_test_rows", 2, "--learning_rate", 1e-3]
     metrics, _ = run(forks, finetune, "--data", tmp_path / "data.jsonl", "--output_dir", tmp_path, *small)
     assert metrics["parameters"]["trained"] == 305_280 * 31 // 2
     assert metrics["eval_loss"] < metrics["eval_loss_before"] < 4

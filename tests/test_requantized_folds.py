@@ -21,6 +21,7 @@ from quantized import (
 )
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerGroup
 from transformers import Trainer, TrainingArguments
 
 from poet_peft import POETCallback, POETCheckpointError, POETConfig, POETFoldError, merge_and_reinitialize
@@ -103,17 +104,23 @@ def test_weights_that_are_quantized_in_every_forward_are_refused():
         wrap_to_fold(base)
 
 
-def test_layer_that_would_come_out_in_another_format_is_refused():
+@pytest.mark.parametrize(
+    "config", [Float8WeightOnlyConfig(), Int8WeightOnlyConfig(granularity=PerGroup(32))], ids=["parts", "shape"]
+)
+def test_layer_that_would_come_out_in_another_format_is_refused(config):
     base = quantized_llama("torchao-int8")
-    base.hf_quantizer.quantization_config.get_apply_tensor_subclass = lambda: _Float8()
+    base.hf_quantizer.quantization_config.get_apply_tensor_subclass = lambda: config
     with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' cannot be quantized anew as it was"):
         wrap_to_fold(base)
 
 
-def _Float8():
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return Float8WeightOnlyConfig()
+@pytest.mark.parametrize("name", ["nf4", "nf4-double"])
+def test_weight_of_a_bf16_model_is_read_with_all_digits_of_its_scales(name):
+    """A scale that is rounded at every fold would drift."""
+    model = wrap_to_fold(quantized_llama(name, torch.bfloat16))
+    weight = rotated_layers(model)[FIRST].base_weight.read()
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_after_a_fold_the_quantized_base_is_gone():

@@ -24,6 +24,7 @@ import finetune  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import pretrain  # noqa: E402, F401
 import training_loop  # noqa: E402, F401
+from models import load_gguf_fast  # noqa: E402
 from workers import resume_run  # noqa: E402, F401
 
 
@@ -66,6 +67,7 @@ def start(process):
 
 
 def main():
+    load_gguf_fast()
     for line in sys.stdin:
         returncodes = dict.fromkeys(map(start, json.loads(line)))
         for _ in range(len(returncodes)):
