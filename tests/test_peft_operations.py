@@ -220,13 +220,21 @@ def test_refusing_the_original_model_leaves_the_adapter_enabled_and_trainable(op
     assert trainable(model) == rotations(model, "default")
 
 
-@each_way_back
-def test_one_layer_that_was_folded_keeps_all_layers_as_they_are(operation):
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.delete_adapter("default"),
+        lambda model: model.unload(),
+    ],
+    ids=["disable", "delete", "unload"],
+)
+def test_one_layer_that_was_folded_keeps_all_layers_as_they_are(refused):
     model = wrap(llama(), "periodic")
     layers = [layer for _, layer in poet_layers(model)]
     layers[-1].advance("default", num_folds=1)
     with pytest.raises(POETReferenceError):
-        ORIGINAL_MODEL[operation](model)
+        refused(model)
     assert [layer for _, layer in poet_layers(model)] == layers
     assert all(layer.has_adapter("default") and not layer.disable_adapters for layer in layers)
 
