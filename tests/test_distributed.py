@@ -25,15 +25,13 @@ pytestmark = [
 # A large eps: Adam's step for a gradient that is only rounding differs between two ways to add up.
 SMOOTH = {"regime": "periodic", "train_rest": True, "dropout": 0.0, "eps": 1e-3}
 CASES = {
-    "plain": SMOOTH,
+    "plain": SMOOTH,  # with buffers broadcast, as is the default
     "adapter": {"regime": "block_stochastic", "dropout": 0.0, "eps": 1e-3},
     "periodic": {**SMOOTH, "train_rest": False},
-    "buffers_broadcast": {**SMOOTH, "ddp_broadcast_buffers": True},
     "buffers_not_broadcast": {**SMOOTH, "ddp_broadcast_buffers": False},
     "accumulation": {**SMOOTH, "gradient_accumulation_steps": 2},
     "checkpointing": {**SMOOTH, "gradient_checkpointing": True},
     "bfloat16": {**SMOOTH, "dtype": "bfloat16"},
-    "bfloat16_buffers_broadcast": {**SMOOTH, "dtype": "bfloat16", "ddp_broadcast_buffers": True},
     "bfloat16_autocast": {**SMOOTH, "bf16": True},
 }
 SAVED = {"regime": "periodic", "train_rest": True, "save_strategy": "steps", "save_steps": 1}  # with dropout
@@ -116,9 +114,9 @@ def test_accelerate_launch_gives_the_same_bits_as_torchrun(ddp, accelerated):
 
 
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory):
+def fsdp(forks, tmp_path_factory):
     directory = tmp_path_factory.mktemp("fsdp")
-    launch(TORCHRUN, "fsdp_run.py", directory)
+    forks.launch("fsdp_run.py", directory)
     return directory
 
 

@@ -1,5 +1,6 @@
 """The examples as a user runs them, on tiny models and data; the real default models in the slow tests."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -25,11 +26,10 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
 
-def run(example, *flags):
+def run(forks, example, *flags):
     """The metrics that a run of an example in a process of its own writes, and what it prints."""
     directory = Path(flags[flags.index("--output_dir") + 1])
-    command = [sys.executable, EXAMPLES / f"{example.__name__}.py", *flags]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    result = forks.run(EXAMPLES / f"{example.__name__}.py", *flags)
     assert result.returncode == 0, result.stderr
     return json.loads((directory / "metrics.json").read_text()), result.stdout
 
@@ -90,9 +90,9 @@ def finetune_flags(tiny, output_dir):
 
 
 @pytest.fixture(scope="module")
-def finetuned(tiny, tmp_path_factory):
+def finetuned(forks, tiny, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("finetuned")
-    return output_dir, *run(finetune, *finetune_flags(tiny, output_dir))
+    return output_dir, *run(forks, finetune, *finetune_flags(tiny, output_dir))
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("[cfpt]*.py")), ids=lambda path: path.name)
@@ -163,10 +163,10 @@ def test_block_size_that_is_no_integer_is_refused(example, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_finetune_default_model(tmp_path):
+def test_finetune_default_model(forks, tmp_path):
     write_questions(tmp_path / "data.jsonl")
-    small = ["--max_steps", 2, "--num_test_rows", 4, "--learning_rate", 1e-3]
-    metrics, _ = run(finetune, "--data", tmp_path / "data.jsonl", "--output_dir", tmp_path, *small)
+    small = ["--max_steps", 2, "--num_test_rows", 2, "--learning_rate", 1e-3]
+    metrics, _ = run(forks, finetune, "--data", tmp_path / "data.jsonl", "--output_dir", tmp_path, *small)
     assert metrics["parameters"]["trained"] == 305_280 * 31 // 2
     assert metrics["eval_loss"] < metrics["eval_loss_before"] < 4
     assert metrics["versions"]["poet_peft"] == poet_peft.__version__
@@ -186,11 +186,11 @@ def tiny_classifier(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classified(tiny_classifier, tmp_path_factory):
+def classified(forks, tiny_classifier, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("classified")
     files = ["--data", tiny_classifier / "train.tsv", "--test_data", tiny_classifier / "test.tsv"]
     small = ["--model", tiny_classifier / "model", "--block_size", 8, "--poet_lr", 1e-2, "--num_train_epochs", 8]
-    return output_dir, *run(classify, *files, *small, "--output_dir", output_dir)
+    return output_dir, *run(forks, classify, *files, *small, "--output_dir", output_dir)
 
 
 @pytest.mark.slow
@@ -286,18 +286,18 @@ def pretrain_flags(corpus, output_dir):
 
 
 @pytest.fixture(scope="module")
-def pretrained(corpus, tmp_path_factory):
+def pretrained(forks, corpus, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("pretrained")
     saves = ["--save_strategy", "steps", "--save_steps", 5]
-    return output_dir, *run(pretrain, *pretrain_flags(corpus, output_dir), *saves)
+    return output_dir, *run(forks, pretrain, *pretrain_flags(corpus, output_dir), *saves)
 
 
 @pytest.mark.slow
-def test_pretraining_run_that_is_finished_ends_where_it_ended(corpus, pretrained):
+def test_pretraining_run_that_is_finished_ends_where_it_ended(forks, corpus, pretrained):
     output_dir, metrics, _ = pretrained
     weights = load_file(output_dir / "model.safetensors")
     saves = ["--save_strategy", "steps", "--save_steps", 5, "--resume_from_checkpoint", "true"]
-    again, printed = run(pretrain, *pretrain_flags(corpus, output_dir), *saves)
+    again, printed = run(forks, pretrain, *pretrain_flags(corpus, output_dir), *saves)
     assert "nothing is left to train" in printed
     assert_same_state(load_file(output_dir / "model.safetensors"), weights)
     assert again["eval_loss"] == metrics["eval_loss"]
@@ -334,30 +334,29 @@ def test_standard_library_is_held_out_by_whole_files():
 # The loop
 
 
-def loop(*flags):
-    return subprocess.run(
-        [sys.executable, EXAMPLES / "training_loop.py", *map(str, flags)], capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def loop(forks):
+    return functools.partial(forks.run, EXAMPLES / "training_loop.py")
 
 
 @pytest.fixture(scope="module")
-def looped(tmp_path_factory):
+def looped(forks, tmp_path_factory):
     directory = tmp_path_factory.mktemp("loop")
     flags = "--max_steps", 5, "--save_steps", 2, "--merge_interval", 2, "--output_dir", directory / "run"
-    finished = loop(*flags)
+    finished = forks.run(EXAMPLES / "training_loop.py", *flags)
     assert finished.returncode == 0, finished.stderr
     return directory / "run", flags, finished.stdout
 
 
 @pytest.mark.slow
-def test_loop_saves_its_end_and_goes_no_further(looped):
+def test_loop_saves_its_end_and_goes_no_further(loop, looped):
     directory, flags, printed = looped
     assert {path.name for path in directory.iterdir()} == {"step-2", "step-4", "step-5"}
     assert loop(*flags).stdout.splitlines() == printed.splitlines()[-1:]
 
 
 @pytest.mark.slow
-def test_loop_ignores_what_is_no_checkpoint_of_its_own(looped):
+def test_loop_ignores_what_is_no_checkpoint_of_its_own(loop, looped):
     directory, flags, printed = looped
     for name in ("step-last", "step-9-old"):
         (directory / name).mkdir()
@@ -365,7 +364,7 @@ def test_loop_ignores_what_is_no_checkpoint_of_its_own(looped):
 
 
 @pytest.mark.slow
-def test_loop_refuses_the_directory_of_a_run_with_other_flags(looped):
+def test_loop_refuses_the_directory_of_a_run_with_other_flags(loop, looped):
     _, flags, _ = looped
     finished = loop(*flags, "--seed", 1)
     assert finished.returncode == 1

@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from poet_peft import merge_and_reinitialize
 from poet_peft.maths.orthogonal import CayleyNeumann
+from poet_peft.ops.paths import compute_path
 
 
 CASE = Case("wide", 96, 64, block_size=16)
-MODES = ["inference", "training"]
-for_modes = pytest.mark.parametrize("mode", MODES)
 
 
 def x():
@@ -185,8 +184,15 @@ CHANGES = [
 ]
 
 
-@for_modes
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+# Inference keeps the same blocks, but for the inverses: one change of each tensor.
+IN_INFERENCE = [optimizer_step, edit_the_weight_through_data, edit_a_rotation_through_data, edit_the_index, fold]
+
+
+@pytest.mark.parametrize(
+    ("change", "mode"),
+    [*((change, "training") for change in CHANGES), *((change, "inference") for change in IN_INFERENCE)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_call_after_a_change_is_that_of_the_changed_parameters(change, mode):
     model, layer = filled(mode)
     before = evaluate(layer, mode)
@@ -197,7 +203,7 @@ def test_call_after_a_change_is_that_of_the_changed_parameters(change, mode):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@for_modes
+@pytest.mark.parametrize("mode", ["inference", "training"])
 def test_dtype_of_the_layer_may_change(mode):
     _, layer = filled(mode)
     layer.double()
@@ -260,6 +266,15 @@ def test_generation_computes_no_blocks_again(mapped):
     at_first = len(mapped)
     model.generate(tokens(), max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert len(mapped) == at_first > 0
+
+
+def test_blocks_of_an_inference_get_their_inverses_in_training(mapped):
+    _, layer = rotated(CASE)
+    evaluate(layer, "inference")
+    with compute_path("tangent"):
+        layer(x()).square().sum().backward()
+    assert len(mapped) == 2
+    assert all(rotation._kept._values[2].inverses is not None for rotation in layer.rotations("default"))
 
 
 def test_memory_efficient_computes_them_in_forward_and_in_backward(mapped):

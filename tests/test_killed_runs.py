@@ -1,13 +1,10 @@
 """A pretraining run that is killed again and again, in folds and in saves, ends as one that was left alone.
 
-One run, killed at all moments in turn, since starting processes takes longer than the run does.
+One run, killed at all moments in turn.
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -65,7 +62,7 @@ SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "nu
 TEXTS = [Path(sysconfig.get_paths()["stdlib"]) / name for name in ("bisect.py", "heapq.py", "textwrap.py")]
 
 
-def run(directory, *wrapper, resume=None):
+def run(forks, directory, *wrapper, resume=None):
     """Run the example. Returns how the process ended."""
     config = directory / "model.json"
     config.write_text(json.dumps({"model_type": "llama", **SIZES}))
@@ -75,33 +72,31 @@ def run(directory, *wrapper, resume=None):
     arguments += ["--model_config", str(config), "--output_dir", str(directory / "run"), "--data", str(data)]
     if resume is not None:
         arguments += ["--resume_from_checkpoint", resume]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
-    command = [sys.executable, *map(str, wrapper), str(PRETRAIN), *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    process = forks.run(*wrapper, PRETRAIN, *arguments)
     assert process.returncode in (0, -signal.SIGKILL), process.stderr[-5000:]
     return process.returncode
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(forks, tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    assert run(directory) == 0
+    assert run(forks, directory) == 0
     return directory / "run"
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(forks, tmp_path_factory):
     """The directory of the run that was killed at last ended, and what was there after each kill."""
     directory = tmp_path_factory.mktemp("killed")
     ends, warned, resume = [], [], None
     for kill in KILLS:
-        returncode = run(directory, KILLED_RUN, kill.moment, kill.step, resume=resume)
+        returncode = run(forks, directory, KILLED_RUN, kill.moment, kill.step, resume=resume)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             resume = latest_checkpoint(directory / "run")
         ends.append((returncode, Path(resume).name if resume else None))
         warned.append(" ".join(str(warning.message) for warning in caught))
-    assert run(directory, resume=resume) == 0
+    assert run(forks, directory, resume=resume) == 0
     return directory / "run", ends, warned
 
 

@@ -10,20 +10,9 @@ from damages import cut, edit_json
 from models import assert_same_state, llama, poet_config, wrap
 from safetensors.torch import load_file
 from transformers import TrainerState
-from workers.resume_run import NUM_STEPS, make_trainer
+from workers.resume_run import NUM_STEPS, PERIODIC_REST, make_trainer
 
 from poet_peft import POETCheckpointError, latest_checkpoint, verify_checkpoint
-
-
-PERIODIC_REST = {"regime": "periodic", "train_rest": True}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The directory of a run with a checkpoint after every step."""
-    directory = tmp_path_factory.mktemp("run")
-    make_trainer(PERIODIC_REST, directory, save_strategy="steps", save_steps=1).train()
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +24,15 @@ def other_run(tmp_path_factory):
 
 
 @pytest.fixture
-def run_directory(run, tmp_path):
+def run_directory(periodic_run, tmp_path):
     for step_number in (4, 5, 9):
         name = f"checkpoint-{step_number}"
-        shutil.copytree(run / name, tmp_path / name)
+        shutil.copytree(periodic_run / name, tmp_path / name)
     return tmp_path
 
 
-def test_newest_checkpoint_is_the_one_with_the_largest_number(run):
-    assert latest_checkpoint(run) == str(run / f"checkpoint-{NUM_STEPS}")
+def test_newest_checkpoint_is_the_one_with_the_largest_number(periodic_run):
+    assert latest_checkpoint(periodic_run) == str(periodic_run / f"checkpoint-{NUM_STEPS}")
 
 
 def test_numbers_are_compared_as_numbers(run_directory):
@@ -111,7 +100,7 @@ def test_output_directory_that_is_a_file_is_refused(tmp_path):
         latest_checkpoint(tmp_path / "output")
 
 
-def test_run_goes_on_from_the_newest_complete_checkpoint_to_the_same_end(run, run_directory, tmp_path):
+def test_run_goes_on_from_the_newest_complete_checkpoint_to_the_same_end(periodic_run, run_directory, tmp_path):
     cut(-1)(run_directory / "checkpoint-9" / "optimizer.pt")
     with pytest.warns(UserWarning, match="optimizer.pt"):
         resume = latest_checkpoint(run_directory)
@@ -120,7 +109,7 @@ def test_run_goes_on_from_the_newest_complete_checkpoint_to_the_same_end(run, ru
     trainer.save_model(tmp_path / "final")
     assert_same_state(
         load_file(tmp_path / "final" / "adapter_model.safetensors"),
-        load_file(run / f"checkpoint-{NUM_STEPS}" / "adapter_model.safetensors"),
+        load_file(periodic_run / f"checkpoint-{NUM_STEPS}" / "adapter_model.safetensors"),
     )
 
 
@@ -206,18 +195,18 @@ DIFFERENT = {
     "look", [lambda run, model: verify_checkpoint(run / "checkpoint-9", model), latest_checkpoint]
 )
 @pytest.mark.parametrize("change", DIFFERENT)
-def test_checkpoint_of_other_settings_is_refused_by_their_names(run, look, change):
+def test_checkpoint_of_other_settings_is_refused_by_their_names(periodic_run, look, change):
     overrides, there, here = DIFFERENT[change]
     model = wrap(llama(), "periodic", **{"train_rest": True, **overrides})
     with pytest.raises(POETCheckpointError) as refusal:
-        look(run, model)
+        look(periodic_run, model)
     assert f"was trained with {there}" in str(refusal.value)
     assert f"the adapter 'default' of the model has {here}" in str(refusal.value)
 
 
-def test_checkpoint_of_the_same_settings_is_found(run):
+def test_checkpoint_of_the_same_settings_is_found(periodic_run):
     model = wrap(llama(), "periodic", train_rest=True, seed=5, memory_efficient=True, max_drift=0.5)
-    assert latest_checkpoint(run, model) == str(run / f"checkpoint-{NUM_STEPS}")
+    assert latest_checkpoint(periodic_run, model) == str(periodic_run / f"checkpoint-{NUM_STEPS}")
 
 
 @pytest.mark.parametrize("setting", ["default", "second"])
@@ -231,15 +220,15 @@ def test_each_adapter_is_compared_with_its_own_file(tmp_path, setting):
         verify_checkpoint(tmp_path, model)
 
 
-def test_model_without_an_adapter_is_refused(run):
+def test_model_without_an_adapter_is_refused(periodic_run):
     with pytest.raises(ValueError, match="a LlamaForCausalLM, has no POET adapter"):
-        latest_checkpoint(run, llama())
+        latest_checkpoint(periodic_run, llama())
 
 
 # The end of a run
 
 
 @pytest.mark.parametrize(("step_number", "is_finished"), [(NUM_STEPS - 1, False), (NUM_STEPS, True)])
-def test_checkpoint_says_whether_it_is_the_end_of_its_run(run, step_number, is_finished):
-    state = TrainerState.load_from_json(f"{run}/checkpoint-{step_number}/trainer_state.json")
+def test_checkpoint_says_whether_it_is_the_end_of_its_run(periodic_run, step_number, is_finished):
+    state = TrainerState.load_from_json(f"{periodic_run}/checkpoint-{step_number}/trainer_state.json")
     assert (state.global_step >= state.max_steps) == is_finished

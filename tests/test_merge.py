@@ -28,7 +28,7 @@ from cases import (
     wrap,
 )
 
-from poet_peft import POETConfig
+from poet_peft import POETConfig, merge_and_reinitialize
 
 
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -50,13 +50,12 @@ def two_adapters(case=PLAIN):
 # Merge
 
 
-@pytest.mark.parametrize("safe_merge", [True, False], ids=["safe", "unsafe"])
 @for_few
-def test_merged_output_is_the_forward(case, safe_merge):
+def test_safely_merged_output_is_the_forward(case):
     model, layer = rotated(case)
     x = inputs(case, 50)
     expected = model(x)
-    model.merge_adapter(safe_merge=safe_merge)
+    model.merge_adapter(safe_merge=True)
     assert layer.merged_adapters == ["default"]
     # Both round: the weight or the activations.
     assert relative_error(model(x), expected) < 2 * TOLERANCE[case.dtype]
@@ -118,6 +117,17 @@ def test_merge_of_the_series_keeps_singular_values_within_its_bound(case, theta)
     layer.merge()
     after = torch.linalg.svdvals(matrix(layer.get_base_layer()))
     assert ((after - before).abs() <= (bound - 1) * before + 2e-6 * before[0]).all()
+
+
+@low_precision
+def test_residual_of_a_fold_does_not_belong_to_the_merged_weight(dtype):
+    model, layer = rotated(Case("low", dtype=dtype), merge_interval=10)
+    merge_and_reinitialize(model)
+    assert layer.residual.any()
+    layer.merge()
+    assert layer.residual is None
+    layer.unmerge()
+    assert layer.residual.any()
 
 
 def test_merge_and_unload_gives_a_plain_model():
@@ -262,10 +272,13 @@ def assert_safe_merge_refuses(case, value):
     assert not layer.merged
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "infinite"])
 @for_few
-def test_safe_merge_refuses_broken_rotations_and_changes_nothing(case, value):
-    assert_safe_merge_refuses(case, value)
+def test_safe_merge_refuses_broken_rotations_and_changes_nothing(case):
+    assert_safe_merge_refuses(case, math.nan)
+
+
+def test_safe_merge_refuses_infinite_rotations_and_changes_nothing():
+    assert_safe_merge_refuses(PLAIN, math.inf)
 
 
 @for_cases(lambda case: case.is_series)

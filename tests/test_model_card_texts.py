@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import re
 
 import pytest
@@ -68,6 +69,7 @@ def card(text):
     return ModelCard(str(create_model_card(metrics_of(text), "someone/" + text.replace("/", " "), "adapter")))
 
 
+@functools.cache
 def parsed(text):
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card(text).text)
 

@@ -5,7 +5,9 @@ import torch
 from cases import normal
 
 from poet_peft.maths.orthogonal import (
+    CayleyNeumann,
     cayley,
+    cayley_by_series,
     cayley_delta,
     cayley_neumann,
     cayley_neumann_delta,
@@ -289,3 +291,63 @@ def test_skew_norm_finds_any_single_plane(plane):
     Q = torch.zeros(5, 5)
     Q[plane] = 0.25
     assert float(skew_norm(Q - Q.T)) == pytest.approx(0.25, rel=1e-6)
+
+
+# cayley_by_series
+
+
+ANGLES = [0.0, 1e-3, 0.05, 0.3, 0.7, 2.0, 50.0]
+
+
+@for_both_dtypes
+@pytest.mark.parametrize("theta", ANGLES)
+def test_cayley_by_series_is_the_exact_map_to_rounding(theta, dtype):
+    Q = torch.stack([skew_of_norm(16, theta, seed=seed) for seed in range(3)]).to(dtype)
+    exact = cayley(Q.double()) - torch.eye(16)
+    largest = float((cayley_by_series(Q).double() - exact).abs().max())
+    assert largest < 64 * torch.finfo(dtype).eps * (1 + theta)
+
+
+def test_cayley_by_series_solves_for_the_blocks_that_no_series_reaches():
+    Q = torch.stack([skew_of_norm(16, theta, seed=3) for theta in (0.1, 30.0, 0.2)])
+    assert float((cayley_by_series(Q) - cayley_delta(Q)).abs().max()) < 1e-13
+
+
+@pytest.mark.parametrize("theta, num_products", [(1e-3, 2), (0.1, 4), (0.3, 6)])
+def test_cayley_by_series_takes_two_products_more_for_twice_the_terms(theta, num_products, monkeypatch):
+    Q = skew_of_norm(16, theta, dtype=torch.float32)[None]
+    count = []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (count.append(1), product(a, b))[1])
+    cayley_by_series(Q)
+    assert len(count) == num_products
+
+
+@pytest.mark.parametrize("theta", [0.05, 0.6, 3.0])
+def test_gradient_of_cayley_by_series_is_the_finite_difference(theta):
+    n = 5
+    upper = upper_triangle(skew_of_norm(n, theta))[None].requires_grad_()
+    assert torch.autograd.gradcheck(lambda upper: cayley_by_series(skew(upper, n)), upper)
+
+
+def test_cayley_by_series_keeps_what_is_not_finite_to_its_block():
+    Q = torch.stack([skew_of_norm(8, 0.1), torch.full((8, 8), torch.nan, dtype=torch.float64)])
+    delta = cayley_by_series(Q)
+    assert torch.isfinite(delta[0]).all()
+    assert torch.isnan(delta[1]).any()
+
+
+def test_series_is_folded_as_the_orthogonal_matrix_next_to_it_where_that_is_within_rounding():
+    """So that many folds of small angles do not wear singular values down."""
+    Q = skew_of_norm(2, 0.028, dtype=torch.float32)[None]
+    exact = cayley(Q.double()) - torch.eye(2)
+    series = CayleyNeumann(3, adaptive=False)
+    delta = series.delta(Q)
+    assert (delta - exact).abs().max() > 4e-7
+    assert (series.fold_delta(Q, delta) - exact).abs().max() < 5e-8
+
+
+def test_series_of_a_large_angle_is_folded_as_it_is():
+    Q = skew_of_norm(2, 0.1, dtype=torch.float32)[None]
+    series = CayleyNeumann(3, adaptive=False)
+    assert torch.equal(series.fold_delta(Q, series.delta(Q)), series.delta(Q))

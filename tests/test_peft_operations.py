@@ -220,6 +220,25 @@ def test_refusing_the_original_model_leaves_the_adapter_enabled_and_trainable(op
     assert trainable(model) == rotations(model, "default")
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.delete_adapter("default"),
+        lambda model: model.unload(),
+    ],
+    ids=["disable", "delete", "unload"],
+)
+def test_one_layer_that_was_folded_keeps_all_layers_as_they_are(refused):
+    model = wrap(llama(), "periodic")
+    layers = [layer for _, layer in poet_layers(model)]
+    layers[-1].advance("default", num_folds=1)
+    with pytest.raises(POETReferenceError):
+        refused(model)
+    assert [layer for _, layer in poet_layers(model)] == layers
+    assert all(layer.has_adapter("default") and not layer.disable_adapters for layer in layers)
+
+
 @each_way_back
 @pytest.mark.parametrize("regime", ["pretraining", "block_stochastic"])
 def test_original_model_is_refused_with_train_rest_even_before_a_fold(operation, regime):

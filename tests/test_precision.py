@@ -1,7 +1,6 @@
 """16-bit weights, autocast, gradient scalers, numbers that are not finite: no digit is lost, nothing bad is folded."""
 
 import functools
-import gc
 
 import pytest
 import torch
@@ -21,23 +20,14 @@ from poet_peft.weights.residual import join, split
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def frozen_garbage():
-    """Trainer collects garbage at the start of a run, which takes longer than our runs do in all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # Singular values through many folds
 
-NUM_FOLDS = 1000
+NUM_FOLDS = 300
 
 
 @functools.cache
 def drift(dtype, compensated_folds=True):
-    """Largest relative change of any singular value in 1,000 folds that turn by about 0.04 radians each."""
+    """Largest relative change of any singular value in folds that turn by about 0.04 radians each."""
     case = Case("drift", 48, 32, block_size=16, dtype=dtype)
     model, layer = rotated(case, merge_interval=1, compensated_folds=compensated_folds)
     before = torch.linalg.svdvals(layer.base_weight.read_exact(layer.residual).double())
@@ -50,7 +40,7 @@ def drift(dtype, compensated_folds=True):
 
 @pytest.mark.slow
 @LOW
-def test_singular_values_survive_a_thousand_compensated_folds(dtype):
+def test_singular_values_survive_hundreds_of_compensated_folds(dtype):
     assert drift(dtype) < 5e-4
 
 

@@ -137,6 +137,7 @@ before = random_state()
 with capture() as said:
     import poet_peft
 found["said"] = said
+found["trainer_is_imported"] = "transformers.trainer" in sys.modules
 found["random_state_is_kept"] = random_state() == before
 found["pickle_is_known"] = pickle.loads({pickle.dumps(POET)!r}) is peft.PeftType.POET
 
@@ -232,6 +233,11 @@ def beside_pefts_own(tmp_path_factory):
 
 def test_import_says_nothing(fresh):
     assert fresh["said"] == []
+
+
+def test_import_does_not_import_trainer(fresh):
+    """Which takes longer than all the rest."""
+    assert not fresh["trainer_is_imported"]
 
 
 def test_import_does_not_move_the_global_generators(fresh):

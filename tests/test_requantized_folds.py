@@ -1,5 +1,9 @@
 """Folds into quantized bases: dequantize, fold, quantize anew, and a file that brings exactly this weight back."""
 
+import functools
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from cases import relative_error
@@ -17,6 +21,7 @@ from quantized import (
 )
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerGroup
 from transformers import Trainer, TrainingArguments
 
 from poet_peft import POETCallback, POETCheckpointError, POETConfig, POETFoldError, merge_and_reinitialize
@@ -38,6 +43,33 @@ def folded(name, num_folds=1, **overrides):
         merge_and_reinitialize(model, optimizer)
     train(model, 1, optimizer)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The directory of a folded model, by format. Not to be changed: `edited` gives copies."""
+
+    @functools.cache
+    def save(name):
+        directory = tmp_path_factory.mktemp("saved")
+        folded(name).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture
+def edited(saved, tmp_path):
+    """The directory of a folded model of which a change has edited the tensors."""
+
+    def edit(name, change):
+        directory = Path(shutil.copytree(saved(name), tmp_path / "edited"))
+        tensors = load_file(file_of(directory))
+        change(tensors)
+        save_file(tensors, file_of(directory), metadata={"format": "pt"})
+        return directory
+
+    return edit
 
 
 def file_of(directory):
@@ -72,17 +104,23 @@ def test_weights_that_are_quantized_in_every_forward_are_refused():
         wrap_to_fold(base)
 
 
-def test_layer_that_would_come_out_in_another_format_is_refused():
+@pytest.mark.parametrize(
+    "config", [Float8WeightOnlyConfig(), Int8WeightOnlyConfig(granularity=PerGroup(32))], ids=["parts", "shape"]
+)
+def test_layer_that_would_come_out_in_another_format_is_refused(config):
     base = quantized_llama("torchao-int8")
-    base.hf_quantizer.quantization_config.get_apply_tensor_subclass = lambda: _Float8()
+    base.hf_quantizer.quantization_config.get_apply_tensor_subclass = lambda: config
     with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_proj' cannot be quantized anew as it was"):
         wrap_to_fold(base)
 
 
-def _Float8():
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return Float8WeightOnlyConfig()
+@pytest.mark.parametrize("name", ["nf4", "nf4-double"])
+def test_weight_of_a_bf16_model_is_read_with_all_digits_of_its_scales(name):
+    """A scale that is rounded at every fold would drift."""
+    model = wrap_to_fold(quantized_llama(name, torch.bfloat16))
+    weight = rotated_layers(model)[FIRST].base_weight.read()
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
 
 
 def test_after_a_fold_the_quantized_base_is_gone():
@@ -288,22 +326,20 @@ def test_file_loads_into_a_model_that_ran(name, tmp_path):
 
 
 @for_every_library
-def test_loader_of_transformers_does_not_pass_an_unfolded_base_off_as_the_model(name, tmp_path):
-    folded(name).save_pretrained(tmp_path)
+def test_loader_of_transformers_does_not_pass_an_unfolded_base_off_as_the_model(name, saved):
     model = quantized_llama(name)
     if name.startswith(("nf4", "fp4")):
         with pytest.raises(AttributeError):  # of transformers itself
-            model.load_adapter(tmp_path)
+            model.load_adapter(saved(name))
         return
-    model.load_adapter(tmp_path)
+    model.load_adapter(saved(name))
     with pytest.raises(POETCheckpointError, match="'model.layers.0.self_attn.q_proj', which was not loaded with it"):
         logits(model)
 
 
 @for_every_library
-def test_configuration_of_a_file_starts_a_new_adapter(name, tmp_path):
-    folded(name).save_pretrained(tmp_path)
-    model = get_peft_model(quantized_llama(name), POETConfig.from_pretrained(tmp_path, inference_mode=False))
+def test_configuration_of_a_file_starts_a_new_adapter(name, saved):
+    model = get_peft_model(quantized_llama(name), POETConfig.from_pretrained(saved(name), inference_mode=False))
     merge_and_reinitialize(model)
     assert logits(model).isfinite().all()
 
@@ -331,7 +367,7 @@ def trainer_of(model, directory):
     return Trainer(model, arguments, train_dataset=Tokens(), callbacks=[POETCallback()])
 
 
-@for_every_library
+@pytest.mark.parametrize("name", ["nf4-double", "int8"])
 def test_resumed_run_ends_bit_equal(name, tmp_path):
     model = wrap_to_fold(quantized_llama(name), merge_interval=2)
     trainer_of(model, tmp_path).train()
@@ -401,19 +437,12 @@ def refused(base_name, directory, match):
         assert_same(state(model), before)
 
 
-def edit(directory, change):
-    tensors = load_file(file_of(directory))
-    change(tensors)
-    save_file(tensors, file_of(directory), metadata={"format": "pt"})
-
-
 @for_every_library
-def test_file_without_a_part_is_refused(name, tmp_path):
-    model = folded(name)
-    model.save_pretrained(tmp_path)
+def test_file_without_a_part_is_refused(name, edited):
+    model = wrap_to_fold(quantized_llama(name))
     names = sorted(key.removeprefix(FIRST) for key in parts(model) if key.startswith(FIRST))
-    edit(tmp_path, lambda tensors: tensors.pop(f"{FIRST}.base_layer{names[-1]}"))
-    refused(name, tmp_path, f"lacks base weights.*{names[-1]}")
+    directory = edited(name, lambda tensors: tensors.pop(f"{FIRST}.base_layer{names[-1]}"))
+    refused(name, directory, f"lacks base weights.*{names[-1]}")
 
 
 @pytest.mark.parametrize(
@@ -429,9 +458,8 @@ def test_file_without_a_part_is_refused(name, tmp_path):
         ("int8", "torchao-int8", "lacks base weights.*qdata"),
     ],
 )
-def test_file_of_another_format_is_refused(of_file, of_model, match, tmp_path):
-    folded(of_file).save_pretrained(tmp_path)
-    refused(of_model, tmp_path, match)
+def test_file_of_another_format_is_refused(of_file, of_model, match, saved):
+    refused(of_model, saved(of_file), match)
 
 
 @for_every_library
@@ -442,27 +470,24 @@ def test_file_of_a_plain_base_is_refused(name, tmp_path):
 
 
 @for_every_library
-def test_plain_base_refuses_the_file(name, tmp_path):
-    folded(name).save_pretrained(tmp_path)
+def test_plain_base_refuses_the_file(name, saved):
     plain = {"hidden_size": 128, "intermediate_size": 192, "attention_bias": True, "mlp_bias": True}
     with pytest.raises(POETCheckpointError, match="Nothing was loaded"):
-        PeftModel.from_pretrained(llama(**plain), tmp_path)
+        PeftModel.from_pretrained(llama(**plain), saved(name))
 
 
-def test_packed_values_of_another_dtype_are_refused(tmp_path):
-    folded("nf4-stored-as-bf16").save_pretrained(tmp_path)
-    key = f"{FIRST}.base_layer.weight"
-    edit(tmp_path, lambda tensors: tensors.update({key: tensors[key].view(torch.float16)}))
-    refused("nf4-stored-as-bf16", tmp_path, "quantized weights of another dtype: .*float16")
+def test_packed_values_of_another_dtype_are_refused(edited):
+    name, key = "nf4-stored-as-bf16", f"{FIRST}.base_layer.weight"
+    directory = edited(name, lambda tensors: tensors.update({key: tensors[key].view(torch.float16)}))
+    refused(name, directory, "quantized weights of another dtype: .*float16")
 
 
 @for_every_library
-def test_file_does_not_change_a_weight_that_another_adapter_stands_on(name, tmp_path):
-    folded(name).save_pretrained(tmp_path)
+def test_file_does_not_change_a_weight_that_another_adapter_stands_on(name, saved):
     model = wrap_to_fold(quantized_llama(name))
     kept = parts(model)
     with pytest.raises(POETCheckpointError, match="differs from the model's, on which the adapters .'default'. are"):
-        model.load_adapter(tmp_path, "second")
+        model.load_adapter(saved(name), "second")
     assert_same(parts(model), kept)
 
 

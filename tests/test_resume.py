@@ -1,16 +1,12 @@
 """A run that was cut off and goes on ends in the same bits."""
 
 import functools
-import gc
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import adamw, assert_same_state, llama, state, step, train, wrap
+from models import KINDS, adamw, assert_same_state, llama, state, step, train, wrap
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -23,31 +19,21 @@ from poet_peft.layer import poet_layers
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 REGIMES = {
-    "adapter": {"regime": "block_stochastic"},
+    **{regime: {"regime": regime} for regime in KINDS},
     "adapter_rest": {"regime": "block_stochastic", "train_rest": True},
-    "periodic": {"regime": "periodic"},
-    "periodic_rest": {"regime": "periodic", "train_rest": True},
 }
 CASES = {
     **REGIMES,
-    **{f"{name}_bf16": {**case, "dtype": "bfloat16"} for name, case in REGIMES.items()},
-    "periodic_rest_muon": {**REGIMES["periodic_rest"], "optimizer": "RotationMuon"},
-    **{f"{name}_accumulated": {**case, "gradient_accumulation_steps": 2} for name, case in REGIMES.items()},
+    "block_stochastic_bf16": {"regime": "block_stochastic", "dtype": "bfloat16"},
+    "pretraining_bf16": {"regime": "pretraining", "dtype": "bfloat16"},
+    "pretraining_muon": {"regime": "pretraining", "optimizer": "RotationMuon"},
+    "pretraining_accumulated": {"regime": "pretraining", "gradient_accumulation_steps": 2},
 }
 # Folds are at steps 4 and 8, and the clip is tightened at steps 5 and 6.
 SAVED_AT = {"between_folds": 7, "at_a_fold": 4, "in_the_clip_ramp": 5}
 
 
 # Runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_garbage():
-    """Trainer collects garbage at the start of a run, which takes longer than our runs do in all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +45,7 @@ def uninterrupted(tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         trainer = make_trainer(CASES[name], directory, save_strategy="steps", save_steps=1)
         trainer.train()
+        trainer.save_model()
         return directory, result_of(trainer)
 
     return run
@@ -79,13 +66,14 @@ def resumed(uninterrupted, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resumed_in_a_new_process(uninterrupted, tmp_path_factory):
+def resumed_in_a_new_process(forks, uninterrupted, tmp_path_factory):
     @functools.cache
     def run(name, at):
         directory = tmp_path_factory.mktemp(name)
         checkpoint = uninterrupted(name)[0] / f"checkpoint-{SAVED_AT[at]}"
         settings = {"case": CASES[name], "directory": str(directory), "resume": str(checkpoint), "seed": 7}
-        python(TESTS / "workers" / "resume_run.py", json.dumps(settings))
+        process = forks.run(TESTS / "workers" / "resume_run.py", json.dumps(settings))
+        assert process.returncode == 0, process.stderr[-3000:]
         return {
             "weights": load_file(directory / "weights"),
             "optimizer": load_file(directory / "optimizer"),
@@ -93,15 +81,6 @@ def resumed_in_a_new_process(uninterrupted, tmp_path_factory):
         }
 
     return run
-
-
-def python(*arguments, returncode=0):
-    """Run a script in a new process, with one thread as here. Returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == returncode, process.stderr[-3000:]
-    return process.stdout
 
 
 # Every regime from every place, and every other case from one.
@@ -132,7 +111,11 @@ def test_resumed_run_logs_the_same(uninterrupted, resumed, name, at):
 
 new_processes = pytest.mark.parametrize(
     ("name", "at"),
-    [("adapter", "between_folds"), ("periodic_rest", "in_the_clip_ramp"), ("periodic_rest_bf16", "at_a_fold")],
+    [
+        ("block_stochastic", "between_folds"),
+        ("pretraining", "in_the_clip_ramp"),
+        ("pretraining_bf16", "at_a_fold"),
+    ],
 )
 
 
@@ -192,7 +175,7 @@ def train_to_the_best(name, directory, resume=None, **arguments):
     return trainer
 
 
-each_regime = pytest.mark.parametrize("name", [*REGIMES, "periodic_rest_bf16"])
+each_regime = pytest.mark.parametrize("name", [*REGIMES, "pretraining_bf16"])
 
 
 @each_regime
@@ -214,18 +197,16 @@ def test_resumed_run_ends_with_the_best_model_from_before(uninterrupted, tmp_pat
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, {3}), (2, {3, 9})])
 def test_save_total_limit_keeps_the_best_checkpoint_whole(tmp_path, limit, kept):
-    train_to_the_best("periodic_rest", tmp_path, save_total_limit=limit)
+    train_to_the_best("pretraining", tmp_path, save_total_limit=limit)
     left = {path.name: verify_checkpoint(path) for path in tmp_path.glob("checkpoint-*")}
     assert left.keys() == {f"checkpoint-{step}" for step in kept}
 
 
 @each_regime
-def test_save_model_writes_the_model_of_the_last_checkpoint(uninterrupted, tmp_path, name):
-    trainer = make_trainer(CASES[name], tmp_path)
-    trainer.train()
-    trainer.save_model()
-    last = uninterrupted(name)[0] / f"checkpoint-{NUM_STEPS}"
-    assert_same_state(*(load_file(path / "adapter_model.safetensors") for path in (tmp_path, last)))
+def test_save_model_writes_the_model_of_the_last_checkpoint(uninterrupted, name):
+    directory = uninterrupted(name)[0]
+    last = directory / f"checkpoint-{NUM_STEPS}"
+    assert_same_state(*(load_file(path / "adapter_model.safetensors") for path in (directory, last)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -236,26 +217,24 @@ def test_checkpoint_is_complete_and_of_the_settings_of_its_run(uninterrupted, na
 # A loop without Trainer
 
 
-def losses_and_hash(output):
-    return [line for line in output.splitlines() if line.startswith(("step", "model"))]
+def loop(forks, directory, *arguments, returncode=0):
+    """Run the example. Returns the losses and the hash of the model that it prints."""
+    sizes = "--max_steps", 12, "--save_steps", 3, "--merge_interval", 4
+    process = forks.run(EXAMPLES / "training_loop.py", "--output_dir", directory, *sizes, *arguments)
+    assert process.returncode == returncode, process.stderr[-3000:]
+    return [line for line in process.stdout.splitlines() if line.startswith(("step", "model"))]
 
 
 @pytest.fixture(scope="module")
-def whole_loop(tmp_path_factory):
-    return losses_and_hash(loop(tmp_path_factory.mktemp("whole")))
-
-
-def loop(directory, *arguments, **kwargs):
-    sizes = "--max_steps", 12, "--save_steps", 3, "--merge_interval", 4
-    return python(EXAMPLES / "training_loop.py", "--output_dir", directory, *sizes, *arguments, **kwargs)
+def whole_loop(forks, tmp_path_factory):
+    return loop(forks, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [4, 7, 11])
-def test_example_loop_that_was_killed_goes_on_to_the_same_end(whole_loop, tmp_path, stop_after):
-    loop(tmp_path, "--stop_after", stop_after, returncode=1)
-    resumed = losses_and_hash(loop(tmp_path))
-    assert resumed == whole_loop[stop_after // 3 * 3 :]
+def test_example_loop_that_was_killed_goes_on_to_the_same_end(forks, whole_loop, tmp_path, stop_after):
+    loop(forks, tmp_path, "--stop_after", stop_after, returncode=1)
+    assert loop(forks, tmp_path) == whole_loop[stop_after // 3 * 3 :]
 
 
 def test_optimizer_and_adapter_are_all_that_a_loop_has_to_keep(tmp_path):

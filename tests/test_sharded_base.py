@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from launch import TORCHRUN, launch
 from models import assert_same_state, llama, logits, poet_config, tokens, wrap
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -19,10 +18,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(forks, tmp_path_factory):
     directory = tmp_path_factory.mktemp("native")
     llama().save_pretrained(directory / "base")
-    launch(TORCHRUN, "native_run.py", directory)
+    forks.launch("native_run.py", directory)
     return directory
 
 

@@ -11,26 +11,15 @@ import torch
 from damages import cut, edit_json
 from models import assert_same_state, llama, state, wrap
 from safetensors.torch import load_file, save_file
-from workers.resume_run import build, make_trainer
+from workers.resume_run import PERIODIC_REST, build, make_trainer
 
 from poet_peft import POETCheckpointError, verify_checkpoint
 
 
-PERIODIC_REST = {"regime": "periodic", "train_rest": True}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The directory of a run with a checkpoint after every step."""
-    directory = tmp_path_factory.mktemp("run")
-    make_trainer(PERIODIC_REST, directory, save_strategy="steps", save_steps=1).train()
-    return directory
-
-
 @pytest.fixture
-def checkpoint(run, tmp_path):
+def checkpoint(periodic_run, tmp_path):
     """A copy of a complete checkpoint of Trainer, to be damaged."""
-    return Path(shutil.copytree(run / "checkpoint-5", tmp_path / "checkpoint-5"))
+    return Path(shutil.copytree(periodic_run / "checkpoint-5", tmp_path / "checkpoint-5"))
 
 
 @pytest.fixture
@@ -220,8 +209,8 @@ WRONG_DTYPES = {
 
 
 @pytest.mark.parametrize("key", WRONG_DTYPES)
-def test_tensor_of_a_wrong_kind_is_refused_and_nothing_is_loaded(run, tmp_path, key):
-    directory = run / "checkpoint-5"
+def test_tensor_of_a_wrong_kind_is_refused_and_nothing_is_loaded(periodic_run, tmp_path, key):
+    directory = periodic_run / "checkpoint-5"
     tensors = load_file(directory / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith(key))
     tensors[name] = tensors[name].to(WRONG_DTYPES[key])

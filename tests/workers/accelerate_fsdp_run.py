@@ -17,13 +17,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from workers.ddp_run import digest
 from workers.leave import leave
 from workers.native_run import whole_state
 from workers.resume_run import CLIP_RAMP, NUM_STEPS, build, result_of, text
 
 from poet_peft import POETCallback, poet_param_groups
+
+
+SAVED_AT = (4, 5)
 
 
 class FSDPTrainer(Trainer):
@@ -34,6 +37,13 @@ class FSDPTrainer(Trainer):
             groups = poet_param_groups(self.model, lr=3e-3, poet_lr=1e-2, weight_decay=0.01)
             self.optimizer = torch.optim.AdamW(groups, eps=1e-3)
         return self.optimizer
+
+
+class SaveSome(TrainerCallback):
+    """Checkpoints in the steps that are resumed from."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in SAVED_AT
 
 
 def set_plugin(state_dict_type):
@@ -59,8 +69,7 @@ def make_trainer(directory, state_dict_type, regime, train_rest, seed, saves):
         lr_scheduler_type="cosine",
         max_grad_norm=0.5,
         logging_steps=1,
-        save_strategy="steps" if saves else "no",
-        save_steps=1,
+        save_strategy="no",
         seed=seed,
         data_seed=0,
         report_to="none",
@@ -69,7 +78,8 @@ def make_trainer(directory, state_dict_type, regime, train_rest, seed, saves):
     )
     assert args.device.type == "cpu"  # asked for the first time, it makes accelerate's state anew
     set_plugin(state_dict_type)
-    return FSDPTrainer(model, args, train_dataset=text(32), callbacks=[POETCallback(CLIP_RAMP)])
+    callbacks = [POETCallback(CLIP_RAMP), *([SaveSome()] if saves else [])]
+    return FSDPTrainer(model, args, train_dataset=text(32), callbacks=callbacks)
 
 
 def main():

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from models import llama, poet_config
+from models import PERIODIC, REGIMES, llama, poet_config
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
@@ -23,6 +23,7 @@ from poet_peft.layer import poet_layers
 
 NUM_STEPS, MERGE_INTERVAL, CLIP_RAMP = 9, 4, 2
 LENGTH = 16
+PERIODIC_REST = {"regime": "periodic", "train_rest": True}  # the case in which most is to be saved
 
 
 def text(num_sequences, first=0):
@@ -32,13 +33,16 @@ def text(num_sequences, first=0):
     return [{"input_ids": source[i : i + LENGTH], "labels": source[i : i + LENGTH]} for i in starts]
 
 
-def build(regime, train_rest, dtype="float32", seed=0, dropout=0.1, base=None):
+def build(regime, train_rest=None, dtype="float32", seed=0, dropout=0.1, base=None):
     """A wrapped model. With another seed, everything that a checkpoint has to bring back is different.
 
+    train_rest: None = as the regime says.
     base: the model to wrap; None = a new one.
     With dropout by default, so that the state of the random number generator matters as well.
     """
-    periodic = regime == "periodic"
+    periodic = regime in PERIODIC
+    if train_rest is None:
+        train_rest = REGIMES[regime].get("train_rest", False)
     if base is None:
         base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=dropout)
     interval = MERGE_INTERVAL if periodic else 0
@@ -57,7 +61,7 @@ OPTIMIZERS = {"AdamW": torch.optim.AdamW, "RotationMuon": RotationMuon}
 def make_trainer(case, directory, seed=0, base=None, **arguments):
     case = dict(case)
     options = {key: case.pop(key) for key in ("dtype", "dropout") if key in case}
-    model = build(case.pop("regime"), case.pop("train_rest", False), seed=seed, base=base, **options)
+    model = build(case.pop("regime"), case.pop("train_rest", None), seed=seed, base=base, **options)
     eps = case.pop("eps", 1e-8)
     make_optimizer = OPTIMIZERS[case.pop("optimizer", "AdamW")]
     groups = poet_param_groups(model, lr=3e-3, poet_lr=1e-2, weight_decay=0.01)
