@@ -33,6 +33,7 @@ CASES = {
     "checkpointing": {**SMOOTH, "gradient_checkpointing": True},
     "bfloat16": {**SMOOTH, "dtype": "bfloat16"},
     "bfloat16_autocast": {**SMOOTH, "bf16": True},
+    "every_step": {**SMOOTH, "optimizer": "RotationMuon", "every_step": True},
 }
 SAVED = {"regime": "periodic", "train_rest": True, "save_strategy": "steps", "save_steps": 1}  # with dropout
 
@@ -80,7 +81,7 @@ def test_ranks_end_bit_identical(ddp, name, what):
 
 @each_case
 def test_ranks_have_folded(ddp, name):
-    expected = [0] if name == "adapter" else [NUM_STEPS // 4]
+    expected = [{"adapter": 0, "every_step": NUM_STEPS}.get(name, NUM_STEPS // 4)]
     assert [report["num_folds"] for report in ddp(name)] == [expected] * 2
 
 
@@ -184,6 +185,12 @@ def test_sharded_rotation_muon_trains_as_in_one_process(fsdp_reports):
     model = fsdp_run.build()
     losses = fsdp_run.train(model, fsdp_run.make_rotation_muon(model))
     assert fsdp_reports[0]["rotation_muon"] == pytest.approx(losses, rel=1e-4)
+
+
+def test_sharded_folds_after_every_step_train_as_in_one_process(fsdp_reports):
+    model = fsdp_run.build(every_step=True)
+    losses = fsdp_run.train(model, fsdp_run.make_rotation_muon(model))
+    assert fsdp_reports[0]["every_step"] == pytest.approx(losses, rel=1e-4)
 
 
 def test_sharded_training_in_mixed_precision_follows_that_in_fp32(fsdp_reports):

@@ -22,7 +22,16 @@ from models import (
 )
 from transformers.optimization import Adafactor
 
-from poet_peft import POETFoldError, RotationMuon, merge_and_reinitialize, poet_param_groups
+from poet_peft import (
+    AngleLaw,
+    POETFoldError,
+    RotationMuon,
+    merge_and_reinitialize,
+    poet_optimizer,
+    poet_param_groups,
+)
+from poet_peft.layer import poet_layers
+from poet_peft.maths.orthogonal import skew
 from poet_peft.optim import rotation_parameters
 
 
@@ -140,10 +149,106 @@ def test_inactive_adapter_is_not_in_the_groups():
     assert names_in(model, groups_by_name(model)["poet"]) == before
 
 
-@pytest.mark.parametrize("name", ["lr", "poet_lr", "weight_decay"])
+# Angles
+
+
+def block_sizes_and_rates(model, **kwargs):
+    """Of all groups of rotations: (size of a block, learning rate, radians)."""
+    groups = poet_param_groups(model, **{"lr": 1e-3, **kwargs})
+    return [(b, g["lr"], g["radians"]) for g in groups if g["name"] == "poet" for _, b in g["blocks"]]
+
+
+def test_an_adam_step_of_the_converted_rate_turns_by_the_angle_for_every_block_size():
+    """All parameters of a block move by the learning rate, up or down: the root mean square over its planes."""
+    generator = torch.Generator().manual_seed(0)
+    model = wrap(llama(), block_size=16, block_size_pattern={"q_proj": 4, "down_proj": 8})
+    rates = {(b, rate) for b, rate, _ in block_sizes_and_rates(model, angle=0.02)}
+    assert {b for b, _ in rates} == {4, 8, 16}
+    for b, rate in rates:
+        signs = torch.randint(0, 2, (64, math.comb(b, 2)), generator=generator, dtype=torch.float64) * 2 - 1
+        angles = 2 * torch.linalg.svdvals(skew(rate * signs, b)).atan()
+        assert float(angles.square().mean().sqrt()) == pytest.approx(0.02, rel=1.5 / b)
+
+
+def test_angle_in_radians_is_that_of_every_group():
+    assert {radians for *_, radians in block_sizes_and_rates(wrap(llama()), angle=0.02)} == {0.02}
+
+
+@pytest.mark.parametrize(("scale", "angle"), [(1.0, 0.02), (2.0, 0.01), (0.5, 0.04)])
+def test_angle_by_default_is_that_by_which_entries_change_as_much_as_the_learning_rate_says(scale, angle):
+    model = wrap(llama())
+    for _, layer in poet_layers(model):
+        torch.nn.init.normal_(
+            layer.get_base_layer().weight, std=0.01 * scale, generator=torch.Generator().manual_seed(0)
+        )
+    assert [radians for *_, radians in block_sizes_and_rates(model)] == pytest.approx([angle] * 28, rel=0.06)
+
+
+def test_weight_turned_by_the_angle_of_the_law_changes_by_lr_times_rho():
+    model = wrap(llama(), block_size=16)
+    layer = next(layer for _, layer in poet_layers(model))
+    W = layer.get_base_layer().weight.detach().double()
+    radians = AngleLaw().radians(layer, "R", lr=1e-3)
+    plane = torch.tensor([[math.cos(radians), -math.sin(radians)], [math.sin(radians), math.cos(radians)]]).double()
+    R = torch.block_diag(*[plane] * (len(W) // 2))
+    assert float((R @ W - W).square().mean().sqrt()) == pytest.approx(1e-3 * 0.2, rel=0.06)
+
+
+def test_clamped_angle_is_what_adam_gets():
+    (group, *_) = poet_param_groups(wrap(llama(), block_size=16), lr=10.0)
+    assert group["lr"] == pytest.approx(0.024 / (2 * 16**0.5))
+    assert group["max_radians"] == 0.024
+
+
+@pytest.mark.parametrize(("side", "share"), [("R", 80 / 48), ("P", 48 / 80)])
+def test_sides_are_weighted_by_their_features(side, share):
+    layer = next(layer for name, layer in poet_layers(wrap(llama())) if name.endswith("up_proj"))
+    law, weighted = (AngleLaw(side_exponent=exponent) for exponent in (0.0, 2.0))
+    assert weighted.radians(layer, side, 1e-3) == pytest.approx(law.radians(layer, side, 1e-3) * share, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["rho", "max_angle"])
+def test_law_with_a_number_that_is_not_positive_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name}=0"):
+        AngleLaw(**{name: 0})
+
+
+def test_law_for_a_weight_of_zero_is_refused_with_the_name_of_the_layer():
+    model = wrap(llama())
+    layer = next(layer for _, layer in poet_layers(model))
+    torch.nn.init.zeros_(layer.get_base_layer().weight)
+    with pytest.raises(ValueError, match=rf"{layer.module_name}.*Pass angle="):
+        poet_param_groups(model, lr=1e-3)
+
+
+def test_angle_beside_poet_lr_is_refused():
+    with pytest.raises(ValueError, match="angle=0.01"):
+        poet_param_groups(wrap(llama()), lr=1e-3, poet_lr=1e-3, angle=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({}, torch.optim.AdamW), ({"merge_interval": 1, "reinit_interval": 0}, RotationMuon)],
+    ids=["adapter", "folded-every-step"],
+)
+def test_optimizer_by_default_is_that_of_the_regime(config, expected):
+    optimizer_cls, kwargs = poet_optimizer(lr=1e-3)
+    assert type(optimizer_cls()(wrap(llama(), **config), **kwargs)) is expected
+
+
+def test_given_optimizer_holds_in_every_regime():
+    optimizer_cls, kwargs = poet_optimizer(lr=1e-3, optimizer_cls=torch.optim.SGD)
+    model = wrap(llama(), merge_interval=1, reinit_interval=0)
+    assert type(optimizer_cls()(model, **kwargs)) is torch.optim.SGD
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", ["lr", "poet_lr", "weight_decay", "angle"])
 def test_negative_value_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"^{name}=-0.1"):
-        groups_by_name(wrap(llama()), **{name: -0.1})
+        poet_param_groups(wrap(llama()), **{"lr": 1e-3, name: -0.1})
 
 
 def test_model_without_poet_is_refused():

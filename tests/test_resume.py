@@ -27,6 +27,13 @@ CASES = {
     "block_stochastic_bf16": {"regime": "block_stochastic", "dtype": "bfloat16"},
     "pretraining_bf16": {"regime": "pretraining", "dtype": "bfloat16"},
     "pretraining_muon": {"regime": "pretraining", "optimizer": "RotationMuon"},
+    "every_step_muon": {"regime": "pretraining", "optimizer": "RotationMuon", "every_step": True},
+    "every_step_muon_bf16": {
+        "regime": "pretraining",
+        "optimizer": "RotationMuon",
+        "every_step": True,
+        "dtype": "bfloat16",
+    },
     "pretraining_accumulated": {"regime": "pretraining", "gradient_accumulation_steps": 2},
 }
 # Folds are at steps 4 and 8, and the clip is tightened at steps 5 and 6.
@@ -115,6 +122,7 @@ new_processes = pytest.mark.parametrize(
         ("block_stochastic", "between_folds"),
         ("pretraining", "in_the_clip_ramp"),
         ("pretraining_bf16", "at_a_fold"),
+        ("every_step_muon_bf16", "between_folds"),
     ],
 )
 

@@ -35,8 +35,11 @@ NUM_STEPS, MERGE_INTERVAL, SAVED_AT = 9, 4, (4, 5)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def build(seed=0):
+def build(seed=0, every_step=False):
     """A model in the pretraining regime. With another seed everything that a checkpoint brings back is different."""
+    if every_step:
+        config = {"merge_interval": 1, "reinit_interval": 0, "init_weights": True}
+        return wrap(llama(), "pretraining", **config).train()
     if seed == 0:
         return wrap(llama(), "pretraining", merge_interval=MERGE_INTERVAL).train()
     return get_peft_model(llama(seed=seed), poet_config("pretraining", seed=seed)).train()
@@ -169,6 +172,10 @@ def main():
     model = shard(build())
     optimizer = make_rotation_muon(model)
     finish("rotation_muon", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
+
+    model = shard(build(every_step=True))
+    optimizer = make_rotation_muon(model)
+    finish("every_step", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
 
     model = shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = make_optimizer(model)

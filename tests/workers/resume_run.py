@@ -6,6 +6,8 @@ python tests/workers/resume_run.py '{"case": {...}, "directory": "...", "resume"
 import argparse
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 
@@ -33,11 +35,12 @@ def text(num_sequences, first=0):
     return [{"input_ids": source[i : i + LENGTH], "labels": source[i : i + LENGTH]} for i in starts]
 
 
-def build(regime, train_rest=None, dtype="float32", seed=0, dropout=0.1, base=None):
+def build(regime, train_rest=None, dtype="float32", seed=0, dropout=0.1, base=None, every_step=False):
     """A wrapped model. With another seed, everything that a checkpoint has to bring back is different.
 
     train_rest: None = as the regime says.
     base: the model to wrap; None = a new one.
+    every_step: fold after every step, from the identity.
     With dropout by default, so that the state of the random number generator matters as well.
     """
     periodic = regime in PERIODIC
@@ -47,6 +50,8 @@ def build(regime, train_rest=None, dtype="float32", seed=0, dropout=0.1, base=No
         base = llama(seed=seed if periodic and train_rest else 0, attention_dropout=dropout)
     interval = MERGE_INTERVAL if periodic else 0
     config = poet_config(regime, train_rest=train_rest, merge_interval=interval, seed=seed)
+    if every_step:
+        config = replace(config, merge_interval=1, reinit_interval=0, init_weights=True)
     torch.manual_seed(seed)
     model = get_peft_model(base.to(getattr(torch, dtype)), config)
     if periodic and seed:
@@ -55,12 +60,12 @@ def build(regime, train_rest=None, dtype="float32", seed=0, dropout=0.1, base=No
     return model
 
 
-OPTIMIZERS = {"AdamW": torch.optim.AdamW, "RotationMuon": RotationMuon}
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "RotationMuon": partial(RotationMuon, process_group="world")}
 
 
 def make_trainer(case, directory, seed=0, base=None, **arguments):
     case = dict(case)
-    options = {key: case.pop(key) for key in ("dtype", "dropout") if key in case}
+    options = {key: case.pop(key) for key in ("dtype", "dropout", "every_step") if key in case}
     model = build(case.pop("regime"), case.pop("train_rest", None), seed=seed, base=base, **options)
     eps = case.pop("eps", 1e-8)
     make_optimizer = OPTIMIZERS[case.pop("optimizer", "AdamW")]
