@@ -5,8 +5,8 @@
     python -m benchmarks.quality --plan final
     python -m benchmarks.quality --list                         # what is measured, best first
 
-A run is kept in `results/quality/SIZE/DATA/`, a file each, and is not made again. Processes share the runs of a plan: each
-takes those that no other is at. What was cut off begins anew.
+A run is kept in `results/quality/SIZE/DATA/`, a file each, and is not made again. Processes share the runs of a plan:
+each takes those that no other is at. What was cut off begins anew.
 """
 
 import argparse
@@ -50,13 +50,15 @@ COORDINATES = {
 }
 # Each part of the recipe left out, or changed, at the best settings of it.
 PARTS = {
-    "both sides at once": {"optimizer.alternate": False},
-    "without look-ahead": {"optimizer.nesterov": False},
-    "3 Newton-Schulz steps": {"optimizer.num_newton_schulz_steps": 3},
-    "blocks of 128": {"config.block_size": 128},
-    "blocks of 64": {"config.block_size": 64},
-    "initial weights x 0.7": {"config.base_init_scale": 0.7},
-    "initial weights x 1.4": {"config.base_init_scale": 1.4},
+    "both sides at once": {"options": {"optimizer.alternate": False}},
+    "blocks of 128": {"options": {"config.block_size": 128}},
+    "3 Newton-Schulz steps": {"options": {"optimizer.num_newton_schulz_steps": 3}},
+    "the angle by the learning rate": {"matrix_lr": None},
+    "AdamW for the rotations": {"method": "poet-ortho-adamw"},
+    "initial weights x 0.7": {"options": {"config.base_init_scale": 0.7}},
+    "initial weights x 1.4": {"options": {"config.base_init_scale": 1.4}},
+    "without look-ahead": {"options": {"optimizer.nesterov": False}},
+    "blocks of 64": {"options": {"config.block_size": 64}},
 }
 SEEDS = (42, 43, 44)
 FINAL_STEPS = 1600
@@ -83,6 +85,13 @@ def tuned(method, changes):
     return search(replace(STARTS[method], **changes), COORDINATES.get(method, [*RATES, *CHOICES]), losses_of)
 
 
+def changed(run, part):
+    options = {**run.options, **part.get("options", {})}
+    if part.get("method"):
+        options = {key: value for key, value in options.items() if not key.startswith("optimizer.")}
+    return replace(run, **{**part, "options": options})
+
+
 def wanted(plan, methods, changes):
     """Runs to make next for each method, in their order."""
     for method in methods:
@@ -92,7 +101,7 @@ def wanted(plan, methods, changes):
             yield unmeasured.runs if plan == "tune" else []
             continue
         if plan == "parts":
-            yield [replace(best, options={**best.options, **part}) for part in PARTS.values()]
+            yield [changed(best, part) for part in PARTS.values()]
         elif plan == "final":
             yield [replace(best, seed=seed, steps=FINAL_STEPS) for seed in SEEDS]
         else:

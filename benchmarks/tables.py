@@ -19,6 +19,7 @@ from benchmarks.report import (
     performance,
     plots,
     pretrain,
+    quality,
     requantization,
     scaling,
     series,
@@ -66,6 +67,7 @@ def pages(benchmarks):
             "requantization": requantization.section(),
         },
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
+        root / "docs" / "pretraining-results.md": {"quality": quality.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
         | {"breakdown": breakdown.section()},
     }
@@ -74,7 +76,8 @@ def pages(benchmarks):
 
 def plotted(benchmarks):
     """The result that each plot should show, by path."""
-    return {
+    figures = BENCHMARKS.parent / "docs" / "figures"
+    return {figures / quality.plot_name(*key): quality.shown(results) for key, results in quality.read().items()} | {
         benchmarks / "plots" / module.plot_name(result): result
         for command, module in SECTIONS.items()
         for result in results(command, benchmarks / "results").values()

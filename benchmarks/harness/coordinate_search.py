@@ -1,7 +1,7 @@
 """The best settings of a run, one coordinate at a time, from the losses that were measured so far.
 
-A search is ordinary code that asks for losses. Where one is missing it stops with `Unmeasured`, which names the runs to
-make; begun again with their losses it comes further, along the same way.
+A search is ordinary code that asks for losses. Where one is missing it stops with `Unmeasured`, which names the runs
+to make; begun again with their losses it comes further, along the same way.
 """
 
 import math

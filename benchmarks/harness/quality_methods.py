@@ -77,6 +77,12 @@ def poet_ortho(model, run):
     return model, [RotationMuon(groups, betas=run.betas, **options(run, "optimizer"))]
 
 
+def poet_ortho_adamw(model, run):
+    model = poet_model(model, run, recipe="ortho")
+    angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}
+    return model, [adamw(poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle), run)]
+
+
 def poet_model(model, run, **settings):
     base_init = None if run.base_init == "usual" else run.base_init
     settings |= {"base_init": base_init, "seed": run.seed, **options(run, "config")}
@@ -108,4 +114,5 @@ METHODS = {
     "lora": lora,
     "poet-paper": poet_paper,
     "poet-ortho": poet_ortho,
+    "poet-ortho-adamw": poet_ortho_adamw,
 }

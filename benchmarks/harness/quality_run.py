@@ -31,8 +31,8 @@ class Run:
     Attributes:
         method: a key of `METHODS`.
         lr: peak learning rate of everything but the linear layers: embeddings, norms and head.
-        matrix_lr: peak learning rate of the linear layers, or of what a method trains in them; of "poet-ortho" the angle
-            of a step in radians. None where the method has none.
+        matrix_lr: peak learning rate of the linear layers, or of what a method trains in them; of "poet-ortho" the
+            angle of a step in radians, None = by the angle law. None where the method trains none.
         size: a key of `SIZES`.
         data: "stdlib" or "gsm8k".
         steps: of BATCH_SIZE sequences.
@@ -67,7 +67,8 @@ class Run:
     @property
     def name(self):
         """Of its result file, in the folder of its size and data."""
-        rates = [f"m{self.matrix_lr:g}"] * (self.matrix_lr is not None) + [f"lr{self.lr:g}"]
+        rates = [] if self.matrix_lr is None else [f"m{self.matrix_lr:g}"]
+        rates.append(f"lr{self.lr:g}")
         options = [f"{key.partition('.')[2]}={value}" for key, value in sorted(self.options.items())]
         beta1, beta2 = self.betas
         others = [f"wd{self.weight_decay:g}", f"wu{self.warmup:g}", f"b{beta1:g}-{beta2:g}", self.base_init]
