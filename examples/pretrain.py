@@ -35,23 +35,25 @@ class ExampleArguments:
     seq_length: int = 256
     max_eval_sequences: int = 256
     block_size: int = 256
-    merge_interval: int = HfArg(default=200, help="optimizer steps between folds; 0: never")
-    poet_lr: float = HfArg(default=1e-3, help="learning rate of the rotations")
+    angle: float = HfArg(default=0.02, help="radians by which a step turns the rotations")
 
 
 def main():
     parser = transformers.HfArgumentParser((ExampleArguments, TrainingArguments))
-    parser.set_defaults(output_dir="pretrain-output", max_steps=400, per_device_train_batch_size=4, learning_rate=1e-2)
-    parser.set_defaults(weight_decay=0.01, lr_scheduler_type="cosine_with_min_lr")
+    parser.set_defaults(output_dir="pretrain-output", max_steps=400, per_device_train_batch_size=4, learning_rate=4e-2)
+    parser.set_defaults(weight_decay=0.1, adam_beta2=0.95, lr_scheduler_type="cosine_with_min_lr")
     parser.set_defaults(lr_scheduler_kwargs={"min_lr_rate": 0.01}, eval_strategy="steps", eval_steps=100)
     parser.set_defaults(logging_steps=10, save_strategy="no", report_to="none", hub_strategy="end")
     parser.set_defaults(include_num_input_tokens_seen=True, dataloader_pin_memory=torch.accelerator.is_available())
     args, train_args = parser.parse_args_into_dataclasses()
     if train_args.push_to_hub and train_args.hub_strategy != "end":
         raise SystemExit(f"pretrain.py: --hub_strategy {train_args.hub_strategy.value} would upload adapters: use end")
+    if train_args.optim != parser.get_default("optim"):
+        raise SystemExit(
+            f"pretrain.py: --optim {train_args.optim.value}: this is RotationMuon, with AdamW for the rest"
+        )
     try:
-        settings = {"block_size": args.block_size, "merge_interval": args.merge_interval, "seed": train_args.seed}
-        config = poet_peft.POETConfig.for_pretraining(**settings)
+        config = poet_peft.POETConfig.for_pretraining(block_size=args.block_size, seed=train_args.seed)
         shape = AutoConfig.from_pretrained(args.model_config) if args.model_config else LlamaConfig(**LLAMA)
     except (OSError, ValueError) as error:
         raise SystemExit(f"pretrain.py: {error}") from None
@@ -69,8 +71,8 @@ def main():
     parameters = {"model": model.num_parameters()}
     model = peft.get_peft_model(model, config)
     parameters["trained"] = model.num_parameters(only_trainable=True)
-    optimizer_cls, settings = Trainer.get_optimizer_cls_and_kwargs(train_args)  # AdamW, or what --optim names
-    settings |= {"poet_lr": args.poet_lr, "weight_decay": train_args.weight_decay, "optimizer_cls": optimizer_cls}
+    settings = {"lr": train_args.learning_rate, "angle": args.angle, "weight_decay": train_args.weight_decay}
+    settings |= {"betas": (train_args.adam_beta1, train_args.adam_beta2), "eps": train_args.adam_epsilon}
     trainer = Trainer(
         model=model,
         args=train_args,

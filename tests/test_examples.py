@@ -281,7 +281,7 @@ def corpus(tmp_path_factory):
 
 def pretrain_flags(corpus, output_dir):
     data = ["--data", corpus / "text.jsonl", "--seq_length", 32, "--max_eval_sequences", 4, "--vocab_size", 300]
-    model = ["--model_config", corpus / "config.json", "--block_size", 8, "--merge_interval", 2]
+    model = ["--model_config", corpus / "config.json", "--block_size", 8]
     return [*data, *model, "--max_steps", 5, "--eval_steps", 5, "--output_dir", output_dir]
 
 
@@ -312,6 +312,11 @@ def test_pretraining_saves_the_model_that_it_measured(corpus, pretrained, tmp_pa
     sequences = example_tools.pack(held_out, tokenizer, 32)["input_ids"][:4]
     model = AutoModelForCausalLM.from_pretrained(output_dir)
     assert finetune.token_loss(model, sequences)[0] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_pretraining_refuses_another_optimizer(corpus, tmp_path, monkeypatch):
+    message = refused(pretrain, [*pretrain_flags(corpus, tmp_path), "--optim", "sgd"], monkeypatch)
+    assert "--optim sgd: this trains with RotationMuon" in message
 
 
 def test_pretraining_refuses_text_that_fills_no_sequence(corpus, tmp_path, monkeypatch):
