@@ -1,8 +1,7 @@
 """Writes what README.md, docs/ and benchmarks/README.md say about results, and the plots, from benchmarks/results/.
 
-python -m benchmarks.tables --keep NAME RUN_DIR   # take RUN_DIR/metrics.json into results/pretrain/NAME.json
-python -m benchmarks.tables                       # rewrite the pages and benchmarks/plots/
-python -m benchmarks.tables --check               # fail if one of them is not what the results say
+python -m benchmarks.tables           # rewrite the pages and the plots
+python -m benchmarks.tables --check   # fail if one of them is not what the results say
 """
 
 import json
@@ -18,7 +17,6 @@ from benchmarks.report import (
     model,
     performance,
     plots,
-    pretrain,
     quality,
     requantization,
     scaling,
@@ -59,10 +57,9 @@ def pages(benchmarks):
     """The text that each page should have, by path."""
     root = BENCHMARKS.parent
     texts = {
-        root / "README.md": {"summary": finetune.summary()},
+        root / "README.md": {"summary": finetune.summary(), "pretraining": quality.summary()},
         root / "docs" / "results.md": {
             "finetune": finetune.section(),
-            "results": pretrain.section(),
             "adapter-sizes": adapter_sizes.section(),
             "requantization": requantization.section(),
         },
@@ -98,9 +95,7 @@ def rewrite(benchmarks):
 
 
 def main():
-    if "--keep" in sys.argv:
-        pretrain.keep(*sys.argv[sys.argv.index("--keep") + 1 :])
-    elif "--check" not in sys.argv:
+    if "--check" not in sys.argv:
         rewrite(BENCHMARKS)
     elif found := outdated(BENCHMARKS):
         sys.exit(f"not what the results say: {', '.join(map(str, found))}. Run this without --check.")

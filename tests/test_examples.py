@@ -395,9 +395,3 @@ def test_readme_of_the_examples_shows_every_example_and_what_its_run_said():
     assert result.returncode == 0, result.stderr
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"({path.name})" in readme for path in EXAMPLES.glob("*.py"))
-
-
-def test_default_pretraining_is_the_run_that_the_readme_shows():
-    kept = json.loads((ROOT / "benchmarks/results/pretrain/pretrain-poet-42.json").read_text())["settings"]
-    names = "block_size", "merge_interval", "poet_lr", "vocab_size", "seq_length"
-    assert {name: getattr(pretrain.ExampleArguments(), name) for name in names} == {name: kept[name] for name in names}

@@ -244,6 +244,20 @@ def _value_text(what, value):
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def summary():
+    """What README.md says: the long runs, or the short ones where there are none."""
+    found = read()
+    if not found:
+        return ""
+    measured = [item for item in found.items() if final_runs(item[1])]
+    (_, data), results = measured[-1] if measured else next(iter(found.items()))
+    size = f"{results[0]['parameters']['model'] / 1e6:.1f}M parameters"
+    about = f"Pretraining from random weights, {size}, on {DATA[data]}, each method at its best\nlearning rates"
+    if measured:
+        return f"{about} (mean and standard error):\n\n{final_table(results)}\n"
+    return f"{about}, short runs:\n\n{tuning_table(results)}\n"
+
+
 def section():
     """What docs/pretraining-results.md says about every size and data."""
     found = read()
@@ -296,7 +310,7 @@ One setting changed from the best run of the recipe, {shortest} steps, seed 42, 
 
 
 def plot_name(size, data):
-    return f"quality-{size}-{data}.png"
+    return f"quality_{size}_{data}.png"
 
 
 def shown(results):

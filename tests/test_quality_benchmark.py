@@ -1,0 +1,266 @@
+"""The pretraining comparison: its search, its run files, its runs, and what is said about them."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_newtonschulz
+
+from benchmarks import quality
+from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
+from benchmarks.harness.quality_methods import METHODS, newton_schulz_of_muon
+from benchmarks.harness.quality_run import BATCH_SIZE, Run, batches, measure, schedule
+from benchmarks.harness.run_files import claimed, read_result, write_result
+from benchmarks.harness.token_cache import Tokens
+from benchmarks.report import quality as report
+
+
+START = Run("adamw", lr=1e-2, matrix_lr=1e-3, size="tiny", steps=4)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = (torch.randint(0, 64, (n, 16), generator=generator) for n in (32, 8))
+    return Tokens(train, held_out, vocab_size=64, eos_token_id=0)
+
+
+# The search
+
+
+def bowl(best_matrix_lr, best_lr):
+    """Losses that are lowest at these rates, and lower without decay."""
+
+    def losses_of(runs):
+        return [
+            abs(math.log2(run.matrix_lr / best_matrix_lr)) + abs(math.log2(run.lr / best_lr)) + run.weight_decay
+            for run in runs
+        ]
+
+    return losses_of
+
+
+RATES = [Rate("matrix_lr"), Rate("lr")]
+
+
+@pytest.mark.parametrize(("matrix_lr", "lr"), [(1e-3, 1e-2), (8e-3, 1e-2), (2.5e-4, 4e-2)])
+def test_search_ends_at_the_best_rates(matrix_lr, lr):
+    best = search(START, RATES, bowl(matrix_lr, lr))
+    assert (best.matrix_lr, best.lr) == (matrix_lr, lr)
+
+
+def test_search_measures_both_neighbours_of_the_best_rate():
+    measured = set()
+
+    def losses_of(runs):
+        measured.update(run.matrix_lr for run in runs)
+        return bowl(4e-3, 1e-2)(runs)
+
+    search(START, [Rate("matrix_lr")], losses_of)
+    assert {2e-3, 4e-3, 8e-3} <= measured
+
+
+def test_search_takes_the_best_choice():
+    choice = Choice(({"weight_decay": 0.0}, {"weight_decay": 0.1}))
+    assert search(START, [*RATES, choice], bowl(1e-3, 1e-2)).weight_decay == 0.0
+
+
+def test_search_stops_at_what_is_not_measured_and_names_it():
+    def losses_of(runs):
+        raise Unmeasured(runs)
+
+    with pytest.raises(Unmeasured) as caught:
+        search(START, [Rate("lr")], losses_of)
+    assert sorted(run.lr for run in caught.value.runs) == [5e-3, 1e-2, 2e-2]
+
+
+def test_search_passes_over_runs_that_diverged():
+    def losses_of(runs):
+        return [math.inf if run.lr > 1e-2 else loss for run, loss in zip(runs, bowl(1e-3, 8e-2)(runs), strict=True)]
+
+    assert search(START, [Rate("lr")], losses_of).lr == 1e-2
+
+
+def test_search_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match="lr of .* has no best value"):
+        search(START, [Rate("lr")], lambda runs: [-run.lr for run in runs])
+
+
+# Run files
+
+
+def test_result_is_read_as_it_was_written(tmp_path):
+    write_result(tmp_path / "run.json", {"loss": 1.5, "run": {"lr": 0.1}})
+    assert read_result(tmp_path / "run.json") == {"loss": 1.5, "run": {"lr": 0.1}}
+
+
+def test_run_without_a_file_has_no_result(tmp_path):
+    assert read_result(tmp_path / "run.json") is None
+
+
+def test_run_is_claimed_by_one_process_at_a_time(tmp_path):
+    code = f"""
+from pathlib import Path
+from benchmarks.harness.run_files import claimed
+with claimed(Path({str(tmp_path / "run.json")!r})) as is_mine:
+    print(is_mine)
+"""
+    with claimed(tmp_path / "run.json") as is_mine:
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (is_mine, other.stdout) == (True, "False\n")
+
+
+def test_finished_run_is_not_claimed(tmp_path):
+    write_result(tmp_path / "run.json", {})
+    with claimed(tmp_path / "run.json") as is_mine:
+        assert not is_mine
+
+
+def test_claim_is_given_up_at_its_end(tmp_path):
+    for _ in range(2):
+        with claimed(tmp_path / "run.json") as is_mine:
+            assert is_mine
+
+
+# Runs
+
+
+def test_run_of_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="^method='sgd' is unknown"):
+        Run("sgd", lr=1.0)
+
+
+def test_settings_of_a_run_are_in_its_name():
+    changes = [{"lr": 0.5}, {"seed": 1}, {"weight_decay": 0.5}, {"warmup": 0.5}, {"betas": (0.5, 0.5)}]
+    changes += [{"options": {"config.block_size": 8}}, {"steps": 5}, {"base_init": "usual"}, {"matrix_lr": None}]
+    assert len({START.name, *(replace(START, **change).name for change in changes)}) == len(changes) + 1
+
+
+def test_run_is_read_back_from_its_result(tokens):
+    run = replace(START, steps=1, options={"optimizer.momentum": 0.5}, method="muon")
+    assert Run(**json.loads(json.dumps(measure(run, tokens)["run"]))) == run
+
+
+def test_learning_rate_rises_linearly_and_falls_to_a_hundredth():
+    run = replace(START, steps=100, warmup=0.1)
+    assert [schedule(step, run) for step in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert schedule(100, run) == pytest.approx(0.01)
+
+
+def test_methods_see_the_same_batches(tokens):
+    first, second = (list(batches(tokens.train, replace(START, method=m))) for m in ("adamw", "muon"))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+def test_every_sequence_comes_once_before_any_comes_again(tokens):
+    num = len(tokens.train) // BATCH_SIZE
+    seen = torch.cat(list(batches(tokens.train, replace(START, steps=num))))
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, tokens.train.tolist()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, tokens):
+    matrix_lr = None if method == "frozen" else 1e-2
+    run = replace(START, method=method, matrix_lr=matrix_lr, steps=30)
+    if method.startswith("poet"):
+        run = replace(run, options={"config.block_size": 16})
+    result = measure(run, replace_train(tokens))
+    assert result["loss"] < math.log(64) - 0.02
+
+
+def replace_train(tokens):
+    """Sequences that repeat one token, which is quickly learned."""
+    rows = torch.arange(64).repeat_interleave(16).reshape(64, 16)
+    return Tokens(rows[:32], rows[:8], tokens.vocab_size, tokens.eos_token_id)
+
+
+@pytest.mark.parametrize("method", ["poet-ortho", "poet-paper", "frozen"])
+def test_singular_values_are_measured_where_the_method_keeps_them(method, tokens):
+    matrix_lr = None if method == "frozen" else 1e-2
+    assert measure(replace(START, method=method, matrix_lr=matrix_lr), tokens)["drift"]["relative"] < 1e-3
+
+
+def test_diverged_run_ends_without_a_loss(tokens):
+    result = measure(replace(START, lr=1e4, steps=50), tokens)
+    assert result["loss"] is None
+    assert result["diverged"] < 50
+
+
+def test_gradients_and_state_of_adamw_are_three_numbers_for_each_weight(tokens):
+    result = measure(START, tokens)
+    assert result["gradient_bytes"] == 4 * result["parameters"]["linear"]
+    assert result["optimizer_bytes"] == 8 * result["parameters"]["linear"]
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_orthogonalisation_of_muon_is_torchs_but_for_rounding(shape):
+    assert _zeropower_via_newtonschulz is not newton_schulz_of_muon
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    settings = (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7
+    ours, theirs = newton_schulz_of_muon(grad, *settings), _zeropower_via_newtonschulz(grad, *settings)
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0.02)
+
+
+def test_changed_parts_differ_from_the_run_in_that_part():
+    best = Run("poet-ortho", lr=1e-2, matrix_lr=1e-2)
+    assert best.name not in {quality.changed(best, part).name for part in quality.PARTS.values()}
+
+
+# What is said about them
+
+
+def result(method="adamw", loss=1.0, losses=(0.9, 1.1), **changes):
+    run = Run(**{"method": method, "lr": 1e-2, "matrix_lr": 1e-3, **changes})
+    content = {"run": run.__dict__ | {"betas": list(run.betas)}, "family": run.family, "loss": loss}
+    return content | {"losses": list(losses), "tokens": 1000}
+
+
+def test_difference_is_that_of_the_same_sequences():
+    """The sequences' own differences cancel: only what the method changes is left."""
+    runs, baseline = [result(losses=(1.0, 5.0, 9.0))], [result(losses=(1.5, 5.5, 9.5))]
+    assert report.difference(runs, baseline) == (pytest.approx(-0.5), pytest.approx(0.0))
+
+
+def test_error_of_a_difference_has_the_part_of_the_seeds():
+    runs = [result(seed=seed, losses=[seed, seed]) for seed in (1, 2, 3)]
+    baseline = [result(seed=seed, losses=[0.0, 0.0]) for seed in (1, 2, 3)]
+    mean, error = report.difference(runs, baseline)
+    assert (mean, error) == (pytest.approx(2.0), pytest.approx(1 / 3**0.5))
+
+
+def test_runs_of_different_seeds_have_no_difference():
+    assert report.difference([result(seed=1)], [result(seed=2)]) is None
+
+
+def test_rate_is_bracketed_by_worse_ones_on_both_sides():
+    runs = [result(loss=1.0)]
+    runs += [result(loss=2.0, **{field: value}) for field, value in [("lr", 5e-3), ("lr", 2e-2), ("matrix_lr", 5e-4)]]
+    assert not report.is_bracketed(runs)
+    assert report.is_bracketed([*runs, result(loss=2.0, matrix_lr=2e-3)])
+
+
+@pytest.mark.parametrize(
+    ("losses", "text"),
+    [((2.0, 1.0, 2.0), "0.001"), ((1.01, 1.0, 2.0), "≤ 0.0005 – 0.001"), ((2.0, 1.0, 1.01), "0.001 – 0.002 ≤")],
+)
+def test_range_of_rates_near_the_best_says_where_it_goes_on(losses, text):
+    runs = [result(loss=loss, matrix_lr=rate) for loss, rate in zip(losses, (5e-4, 1e-3, 2e-3), strict=True)]
+    assert report.range_text(sorted(runs, key=report.loss_of), "matrix_lr") == text
+
+
+def test_final_runs_are_those_of_the_longest_with_equal_settings():
+    runs = [result(steps=400), *(result(steps=1600, seed=seed) for seed in (42, 43))]
+    assert [run["run"]["seed"] for run in report.final_runs(runs)["adamw"]] == [42, 43]
+
+
+def test_results_of_one_length_have_no_final_runs():
+    assert report.final_runs([result(), result(seed=43)]) == {}
+
+
+def test_kept_results_are_runs_of_the_names_of_their_files():
+    for path in quality.RESULTS.glob("*/*/*.json"):
+        assert quality.path_of(Run(**json.loads(path.read_text())["run"])) == path
