@@ -202,7 +202,7 @@ def test_orthogonalisation_of_muon_is_torchs_but_for_rounding(shape):
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     settings = (DEFAULT_A, DEFAULT_B, DEFAULT_C), 5, 1e-7
     ours, theirs = newton_schulz_of_muon(grad, *settings), _zeropower_via_newtonschulz(grad, *settings)
-    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0.02)
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0.06)
 
 
 def test_changed_parts_differ_from_the_run_in_that_part():
