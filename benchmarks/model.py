@@ -13,19 +13,19 @@ import time
 
 from benchmarks.harness import flags
 from benchmarks.harness.llama import MERGE_INTERVAL, PRESETS, LlamaContender
-from benchmarks.harness.methods import check_method, is_poet
+from benchmarks.harness.methods import check_method, folds_every_step, is_poet
 from benchmarks.harness.results import ResultFile, start
 from benchmarks.harness.timing import Budget, interleave, summarize
 
 
-METHODS = "full,lora-64,oft-64,poet-64,poet-128,poet-256,poet-fs-1/2,poet-128-efficient"
+METHODS = "full,lora-64,oft-64,poet-64,poet-128,poet-256,poet-fs-1/2,poet-128-efficient,poet-ortho-128,poet-ortho-256"
 QUICK = {
     "model": "tiny",
     "vocab_size": 64,
     "batch_size": 2,
     "seq_length": 8,
     "micro_batches": [1, 2],
-    "methods": ["full", "lora-4", "oft-16", "poet-16", "poet-fs-1/2", "poet-16-efficient"],
+    "methods": ["full", "lora-4", "oft-16", "poet-16", "poet-fs-1/2", "poet-16-efficient", "poet-ortho-16"],
     "accumulating_methods": ["full", "poet-16"],
 }
 
@@ -69,7 +69,9 @@ def main():
         print(f"{method}: peak {memory[method]['peak'] / 1e6:,.0f} MB", flush=True)
     file.content["memory"] = memory
     file.content["folds"] = {
-        method: contender.folds(args.num_folds) for method, contender in contenders.items() if is_poet(method)
+        method: contender.folds(args.num_folds)
+        for method, contender in contenders.items()
+        if is_poet(method) and not folds_every_step(method)
     }
     file.write()
 

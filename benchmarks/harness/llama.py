@@ -7,11 +7,11 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from poet_peft import POETConfig, merge_and_reinitialize, poet_param_groups
+from poet_peft import POETConfig, RotationMuon, merge_and_reinitialize, poet_param_groups
 
 from .formulas import adamw_held, adapter_held, fully_stochastic_parameters, poet_parameters
 from .memory import measure_memory, module_tensors, storage_bytes
-from .methods import adamw, adapter_config, autocast, is_poet, trainable
+from .methods import adamw, adapter_config, autocast, folds_every_step, is_poet, trainable
 from .timing import Clock, quartiles
 
 
@@ -70,11 +70,12 @@ def build_llama(method, sizes, vocab_size, seq_length, rest, device, dtype, seed
     model = llama(sizes, vocab_size, seq_length).to(device, dtype)
     targeted = [layer.weight for layer in targeted_layers(model)]
     if is_poet(method):
-        config = adapter_config(
-            method, "all-linear", POETConfig.for_pretraining, merge_interval=MERGE_INTERVAL, train_rest=rest, seed=seed
-        )
-        model = _wrap(model, config)
-        return model, adamw(poet_param_groups(model, lr=_LR, poet_lr=_LR))
+        settings = {"train_rest": rest, "seed": seed}
+        if not folds_every_step(method):
+            settings["merge_interval"] = MERGE_INTERVAL
+        model = _wrap(model, adapter_config(method, "all-linear", POETConfig.for_pretraining, **settings))
+        groups = poet_param_groups(model, lr=_LR, poet_lr=_LR)
+        return model, RotationMuon(groups) if folds_every_step(method) else adamw(groups)
     outside = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in targeted)]
     config = adapter_config(method, "all-linear")
     if config is not None:
@@ -168,6 +169,9 @@ def formula(method, shapes, item):
         return item * sum(adamw_held(m, n) for m, n in shapes)
     if not is_poet(method):
         return None
+    if folds_every_step(method):
+        b = int(method.rpartition("-")[2])
+        return item * sum(m * n + 2 * poet_parameters(m, n, b) for m, n in shapes)
     _, size, *rest = method.split("-")
     if size == "fs":
         above, below = map(int, rest[0].split("/"))

@@ -5,6 +5,7 @@ frozen          they are not trained at all
 lora-R          PEFT's LoRA of rank R
 oft-B, boft-B   PEFT's OFT and BOFT with blocks of B
 poet-B          POET with blocks of B; poet-fs-1/2 fully stochastic; with -efficient at the end memory_efficient=True
+poet-ortho-B    POET with blocks of B, folded after every step, with RotationMuon; of whole models only
 """
 
 import re
@@ -20,7 +21,7 @@ from poet_peft import POETConfig
 from .formulas import boft_flops, poet_flops
 
 
-_NAME = re.compile(r"full|frozen|(lora|oft|boft)-(\d+)|poet-(?:(\d+)|fs-(\d+/\d+))(-efficient)?")
+_NAME = re.compile(r"full|frozen|(lora|oft|boft)-(\d+)|poet-(?:(?:ortho-)?(\d+)|fs-(\d+/\d+))(-efficient)?")
 _LR = 1e-5
 
 
@@ -33,6 +34,10 @@ def check_method(name):
 
 def is_poet(method):
     return method.startswith("poet")
+
+
+def folds_every_step(method):
+    return method.startswith("poet-ortho")
 
 
 def adapter_config(method, target_modules, poet=POETConfig, **poet_overrides):

@@ -14,7 +14,8 @@ def section(result):
         f"Random weights and tokens, vocabulary of {settings['vocab_size']:,}, batch {settings['batch_size']} x "
         f"{settings['seq_length']}; outside the linear layers everything "
         f"{'trains, in every method' if settings['rest'] == 'train' else 'is frozen, in every method'}. "
-        "The optimizer is torch's fused AdamW."
+        "The optimizer is torch's fused AdamW; of rotations *folded every step* it is `RotationMuon`, and its time "
+        "has the fold in it."
     )
     parts = [machine(result), about]
     if settings["model"] == "60m" and settings["device"] == "cpu" and TARGET_METHOD in result["memory"]:
@@ -31,7 +32,8 @@ def section(result):
         "#### Memory",
         memory(result),
         "Weights and moments of the linear layers beside the papers' formulas (AdamW `3mn`, POET "
-        "`mn + 3/2 (m+n)(b-1)`, fully stochastic `mn + 3/2 (b_m (b_m - 1) + b_n (b_n - 1))`):",
+        "`mn + 3/2 (m+n)(b-1)`, fully stochastic `mn + 3/2 (b_m (b_m - 1) + b_n (b_n - 1))`, folded "
+        "every step `mn + (m+n)(b-1)`):",
         formulas(result),
         f"![memory and speed](plots/{plot_name(result)})",
     ]

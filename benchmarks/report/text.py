@@ -46,6 +46,7 @@ def method_name(key):
     """A method or timing for readers: "poet-128-efficient first" -> "POET b = 128, memory-efficient, first"."""
     method, _, phase = key.partition(" ")
     kind, _, size = method.partition("-")
+    every_step, size = size.startswith("ortho-"), size.removeprefix("ortho-")
     size, is_efficient = size.removesuffix("-efficient"), size.endswith("-efficient")
     fully = size.startswith("fs-")
     text = {
@@ -56,4 +57,5 @@ def method_name(key):
         "boft": f"BOFT b = {size}",
         "poet": f"POET FS {size.removeprefix('fs-')}" if fully else f"POET b = {size}",
     }[kind]
-    return ", ".join([text, *["memory-efficient"] * is_efficient, *[phase] * bool(phase)])
+    how = ["folded every step"] * every_step + ["memory-efficient"] * is_efficient
+    return ", ".join([text, *how, *[phase] * bool(phase)])
