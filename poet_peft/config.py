@@ -74,8 +74,8 @@ class POETConfig(PeftConfig):
             rounded away, so fold rarely. No effect on weights that are not quantized.
         seed: of permutations, index sets and `base_init`.
         init_weights: True starts at the identity. False starts at random rotations, for tests.
-        target_modules: names of the layers to rotate, a regular expression, or "all-linear". None = PEFT's defaults
-            for the architecture.
+        target_modules: names of the layers to rotate (linear layers, convolutions, embeddings), a regular expression,
+            or "all-linear". None = PEFT's defaults for the architecture.
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indexes of the transformer layers to rotate.
         layers_pattern: name of the layer list that `layers_to_transform` indexes.

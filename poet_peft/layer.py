@@ -1,4 +1,4 @@
-"""The rotated layer: its adapters, forward, merge and unmerge."""
+"""The rotated layer: its adapters, merge and unmerge. The forward of each kind has a file of its own."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from torch import Tensor, nn
 
 from .config import POETConfig
 from .errors import POETCheckpointError
-from .maths.blocks import partition_side, rotated_sides
+from .maths.blocks import partition_side
 from .ops import reference
-from .ops.input_centric import rotate
-from .ops.paths import choose_path, poet_linear
-from .ops.sides import Side, identity_check
+from .ops.sides import Side
 from .original import OriginalModel
 from .rotation import Rotation
 from .state import AdapterState
 from .weights import base_weight_of
 from .weights.base import BaseWeight
-from .weights.plain import features, is_plain, weight_as_matrix
+from .weights.plain import features, rotated_sides
 from .weights.residual import LOW_PRECISION, zero_residual
 from .weights.sharded import keep_replicas_equal, mesh_of
 
@@ -93,8 +91,8 @@ class POETLayer(OriginalModel, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: POETConfig) -> None:
         """Add an adapter: the identity, or random rotations with `init_weights=False`."""
         block_sizes = {}
-        for side, dim in rotated_sides(self.out_features, self.in_features):
-            partition = partition_side(config.variant, config.block_size_of(self.module_name), dim)
+        for side, dim, groups in rotated_sides(self.get_base_layer()):
+            partition = partition_side(config.variant, config.block_size_of(self.module_name), dim, groups)
             rotation = Rotation(
                 partition,
                 side,
@@ -199,27 +197,8 @@ class POETLayer(OriginalModel, BaseTunerLayer):
         return [name for name in self.active_adapters if self.has_adapter(name)]
 
     def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = self._active_here()
-        if torch.is_grad_enabled():
-            for rotation in itertools.chain.from_iterable(map(self.rotations, adapters)):
-                if rotation.mesh is not None:
-                    keep_replicas_equal(rotation.weight, rotation.mesh)
-        R, P = self.sides(adapters)
-        if self.quantization_backend is not None or not is_plain(self.base_layer):
-            return self._rotate_around(x, R, P, *args, **kwargs)
-        # Frozen by the method, also where a loader of transformers has made a new parameter of it that is not.
-        weight, bias = weight_as_matrix(self.base_layer).detach(), self.base_layer.bias
-        dtype = x.dtype
-        autocasts = torch.is_autocast_enabled(x.device.type)
-        if not autocasts:
-            x = self._cast_input_dtype(x, weight.dtype)
-        memory_efficient = any(self.poet_config[name].memory_efficient for name in adapters)
-        identity = self._is_at_identity(adapters, [*R, *P])
-        path = choose_path(x, weight, R, P, memory_efficient, identity)
-        y = poet_linear(x, weight, bias, R, P, path, memory_efficient, identity)
-        if identity and torch.compiler.is_compiling():
-            y = y + sum(identity_check(side) for side in (*R, *P)).to(y.dtype)
-        return y if autocasts else y.to(dtype)
+        """The forward of the active adapters, of which there is at least one."""
+        raise NotImplementedError
 
     def _is_at_identity(self, adapters: list[str], sides: list[Side]) -> bool:
         """Whether all rotations are the identity, as they are where they are folded after every step."""
@@ -229,22 +208,6 @@ class POETLayer(OriginalModel, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return configs[0].init_weights
         return all(side.is_identity() for side in sides)
-
-    def _rotate_around(self, x: Tensor, R: list[Side], P: list[Side], *args: Any, **kwargs: Any) -> Tensor:
-        """The forward around a base layer that computes in its own way: `R (base(P x) - b) + b`."""
-        for side in reversed(P):
-            x = rotate(x, side)
-        y = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            y = self.quantization_backend.maybe_clone_base_result(y)
-        bias = getattr(self.get_base_layer(), "bias", None)
-        if bias is not None and bias.is_meta:  # offloaded: only a call brings it back
-            bias = self.base_layer(torch.zeros_like(x[..., :1, :]), *args, **kwargs)
-        unrotated = rotated = y if bias is None else y - bias.to(y.dtype)
-        for side in R:
-            rotated = rotate(rotated, side)
-        # The change, not the result, is put back under the bias: the identity then changes no bit.
-        return rotated if bias is None else y + (rotated - unrotated)
 
     def _original_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.poet_initial_weight is None:
@@ -367,8 +330,8 @@ def rotate_weight(weight: Tensor, R: list[Side], P: list[Side]) -> Tensor:
     return reference.effective_weight(weight, *pairs)
 
 
-class Linear(nn.Module, POETLayer):
-    """POET around an `nn.Linear` (also quantized) or transformers' `Conv1D`: `y = R W P x + bias`."""
+class RotatedModule(nn.Module, POETLayer):
+    """What the rotated layers of all kinds have in common as modules."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: POETConfig, module_name: str, **kwargs: Any
@@ -387,6 +350,10 @@ class Linear(nn.Module, POETLayer):
         self.check_base_weight_was_loaded()
         if self.merged or not self._active_here():
             return self.base_layer(x, *args, **kwargs)
+        if torch.is_grad_enabled():
+            for rotation in itertools.chain.from_iterable(map(self.rotations, self._active_here())):
+                if rotation.mesh is not None:
+                    keep_replicas_equal(rotation.weight, rotation.mesh)
         return self._rotated_forward(x, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

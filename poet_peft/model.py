@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -20,18 +19,26 @@ from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_qu
 from torch import Tensor, nn
 
 from .config import POETConfig
+from .convolution import Convolution
+from .embedding import Embedding
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
-from .layer import Linear, POETLayer, poet_layers
+from .layer import POETLayer, poet_layers
+from .linear import Linear
 from .targets import check_supported, check_targets, leave_out, warn_of_unreached_weights
 from .weights.initial import draw_weight
-from .weights.plain import features, weight_as_matrix
+from .weights.plain import CONVOLUTIONS, PlainWeight, features, rotated_sides
 from .weights.sharded import check_gathered_in_forward, reshard
 from .workarounds import clear_leftover_gguf_flags, keep_exact
 
 
+_KINDS = {Convolution: CONVOLUTIONS, Embedding: nn.Embedding}
+
+
 class POETModel(BaseTuner):
-    """POET (arXiv 2506.08001) around the linear layers of a model: `y = R W P x + bias`, `W` frozen.
+    """POET (arXiv 2506.08001) around the layers of a model: `y = R W P x + bias`, `W` frozen.
+
+    Linear layers, convolutions and embeddings.
 
     Usually made by `get_peft_model(model, POETConfig(...))`.
 
@@ -134,15 +141,14 @@ class POETModel(BaseTuner):
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization_kwargs = get_quantization_kwargs(self)
         check_supported(current_key, layer, **{k: v for k, v in quantization_kwargs.items() if v is not None})
-        if features(layer) == (1, 1):
+        if not rotated_sides(layer):
             warnings.warn(f"{current_key!r} has one input and one output feature: nothing to rotate, left as it is.")
             return
         if config.base_init is not None and not layer.weight.is_meta:
-            matrix = weight_as_matrix(layer)
-            with torch.no_grad():
-                drawn = draw_weight(*matrix.shape, config.base_init, seed=config.seed, module_name=current_key)
-                matrix.copy_(config.base_init_scale * drawn)
-        new_module = Linear(target, adapter_name, config, current_key, **quantization_kwargs)
+            drawn = draw_weight(*features(layer), config.base_init, seed=config.seed, module_name=current_key)
+            PlainWeight(layer).write(config.base_init_scale * drawn)
+        kind = next((kind for kind, layers in _KINDS.items() if isinstance(layer, layers)), Linear)
+        new_module = kind(target, adapter_name, config, current_key, **quantization_kwargs)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)

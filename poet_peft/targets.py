@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import POETConfig
-from .maths.blocks import partition_side, rotated_sides
+from .maths.blocks import partition_side
 from .uncalled import reader_of
 from .weights import base_weight_of
-from .weights.plain import NEVER_CALLED, features
+from .weights.plain import CONVOLUTIONS, NEVER_CALLED, rotated_sides
 from .weights.quantized import QuantizedWeight
 
 
@@ -34,18 +34,50 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
     """Refuse a layer that cannot be rotated.
 
     Raises:
-        TypeError: names the module, its type and the way out.
+        TypeError: its kind; names the module, its type and the way out.
+        ValueError: a setting of it.
     """
+    backend = resolve_quantization_backend(layer, **quantization_kwargs)
     if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, NEVER_CALLED):
         return
-    backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    if isinstance(layer, CONVOLUTIONS) and backend is None:
+        return _check_convolution(name, layer)
+    if isinstance(layer, nn.Embedding) and backend is None:
+        return _check_embedding(name, layer)
     # TransformerEngine's layers normalise their input first, which a rotation of it would change.
     if backend is not None and backend.layer_type == "linear" and backend.backend_name != "te":
         return
+    reason = ""
+    if isinstance(layer, nn.MultiheadAttention | NEVER_CALLED):
+        reason = " torch.nn.MultiheadAttention computes with its weights without calling a layer."
     raise TypeError(
-        f"POET cannot rotate {name!r} of type {type(layer).__name__}: only torch.nn.Linear (also quantized) and "
-        "transformers' Conv1D are supported. Take it out of target_modules, or add it to exclude_modules."
+        f"POET cannot rotate {name!r} of type {type(layer).__name__}: only torch.nn.Linear (also quantized), "
+        f"transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d and Embedding are supported.{reason} Take it out of "
+        "target_modules, or add it to exclude_modules."
     )
+
+
+def _check_convolution(name: str, layer: nn.Module) -> None:
+    if nn.parameter.is_lazy(layer.weight):
+        raise ValueError(f"{name!r} has no weight before its first call. Run the model once before get_peft_model().")
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"the weight of {name!r} ({type(layer).__name__}) is computed from other tensors, as by a parametrization "
+            "or weight norm, so there is none that could be rotated. Remove that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or add it to exclude_modules."
+        )
+
+
+def _check_embedding(name: str, layer: nn.Embedding) -> None:
+    for setting, value, why in (
+        ("max_norm", layer.max_norm, "changes the weight while it is read"),
+        ("scale_grad_by_freq", layer.scale_grad_by_freq or None, "does not reach the gradient of a rotation"),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"POET cannot rotate {name!r}: {setting}={value} {why}. Set {name}.{setting} to "
+                f"{None if setting == 'max_norm' else False} first, or add it to exclude_modules."
+            )
 
 
 def parameter_names(model: nn.Module) -> dict[int, list[str]]:
@@ -75,6 +107,7 @@ def check_targets(
     for name, module in targets:
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         check_supported(name, layer, **quantization_kwargs)
+        _check_not_stacked(name, module, layer)
         _check_not_shared(name, layer, owners)
         _check_not_bypassed(name, model)
         _check_base_can_change(name, layer, config, **quantization_kwargs)
@@ -242,6 +275,16 @@ def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]])
         )
 
 
+def _check_not_stacked(name: str, module: nn.Module, layer: nn.Module) -> None:
+    """A convolution is called with another weight, so nothing may stand between."""
+    carries_another = isinstance(module, BaseTunerLayer) and not hasattr(module, "poet_R")
+    if isinstance(layer, CONVOLUTIONS) and carries_another:
+        raise ValueError(
+            f"{name!r} is a convolution that carries another adapter ({type(module).__name__}), which POET cannot "
+            "rotate around. Merge that one first (merge_and_unload), or add it to exclude_modules."
+        )
+
+
 def _check_not_bypassed(name: str, model: nn.Module) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
@@ -253,6 +296,11 @@ def _check_not_bypassed(name: str, model: nn.Module) -> None:
 
 
 def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig, **quantization_kwargs: Any) -> None:
+    if isinstance(layer, nn.Embedding) and config.base_init is not None:
+        raise ValueError(
+            f"base_init={config.base_init!r} draws the weights of linear layers and convolutions, and {name!r} is an "
+            "embedding. Add it to exclude_modules, or pass base_init=None."
+        )
     backend = resolve_quantization_backend(layer, **quantization_kwargs)
     if backend is None or not config.changes_base_weights:
         return
@@ -286,17 +334,18 @@ def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[s
     """The sides that a block does not fit, as text. Raises ValueError if that cannot be clipped."""
     block_size = config.block_size_of(name)
     clipped = []
-    for letter, dim in rotated_sides(*features(layer)):
+    for letter, dim, groups in rotated_sides(layer):
         side = {"R": "output", "P": "input"}[letter]
         try:
-            partition = partition_side(config.variant, block_size, dim)
+            partition = partition_side(config.variant, block_size, dim, groups)
         except ValueError as error:
             raise ValueError(
                 f"{name!r}: {error} ({side} side). Pass a fraction, a smaller block_size, or a block_size_pattern "
                 "for this layer."
             ) from error
         if isinstance(block_size, int) and partition.block_size < block_size:
-            clipped.append(f"{name!r} {side} side, {block_size} to {dim}")
+            within = f" in {groups} groups" if groups > 1 else ""
+            clipped.append(f"{name!r} {side} side{within}, {block_size} to {partition.block_size}")
     return clipped
 
 

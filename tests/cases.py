@@ -3,6 +3,7 @@
 Every builder draws from its own generator, so a test sees the same numbers whatever ran before it.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,7 +16,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from poet_peft import POETConfig
-from poet_peft.layer import Linear
+from poet_peft.layer import POETLayer
+
+
+# Beside nn.Linear, transformers' Conv1D and nn.Embedding: torch's convolutions, with every setting that one can have.
+# By name: the class, the input channels, the arguments, the spatial size of an input. The weight as a matrix has
+# in channels / groups * kernel columns.
+CONVOLUTIONS = {
+    "convolution1d": (nn.Conv1d, 3, {"kernel_size": 5, "padding": "same", "dilation": 2}, (7,)),
+    "convolution2d": (nn.Conv2d, 3, {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "reflect"}, (5, 6)),
+    "convolution3d": (nn.Conv3d, 2, {"kernel_size": 2, "stride": (1, 2, 1)}, (3, 4, 3)),
+    "grouped": (nn.Conv2d, 4, {"kernel_size": 3, "groups": 2, "padding": (1, 0)}, (4, 5)),
+    "depthwise": (nn.Conv1d, 6, {"kernel_size": 4, "groups": 6}, (9,)),
+}
+Kind = Literal[
+    "linear", "conv1d", "embedding", "convolution1d", "convolution2d", "convolution3d", "grouped", "depthwise"
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class Case:
     out_features: int = 16
     in_features: int = 24
     block_size: int | float = 8
-    kind: Literal["linear", "conv1d"] = "linear"
+    kind: Kind = "linear"
     bias: bool = True
     variant: str = "block_stochastic"
     orthogonal_map: str = "cayley_neumann"
@@ -53,6 +69,11 @@ class Case:
     @property
     def uses_defaults_of_the_map(self) -> bool:
         return self.orthogonal_map == "cayley_neumann" and self.num_neumann_terms == 3 and self.adaptive_terms
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer is a linear map of the last dimension, which any number of dimensions may precede."""
+        return self.kind in ("linear", "conv1d")
 
     @property
     def float64(self) -> "Case":
@@ -95,6 +116,20 @@ CASES = [
     Case("bfloat16-exact-fully-stochastic", variant=FULLY, orthogonal_map="cayley", dtype=torch.bfloat16),
     Case("float16", dtype=torch.float16),
     Case("float16-no-bias-remainder", 19, 22, bias=False, dtype=torch.float16),
+    Case("convolution1d", 16, 15, block_size=4, kind="convolution1d"),
+    Case("convolution2d-remainder", 19, 27, kind="convolution2d"),
+    Case("convolution2d-exact", 16, 27, kind="convolution2d", orthogonal_map="cayley"),
+    Case("convolution3d-fully-stochastic", 12, 16, 0.5, kind="convolution3d", variant=FULLY, bias=False),
+    Case("convolution-of-one-output", 1, 27, kind="convolution2d"),
+    Case("grouped", 16, 18, block_size=4, kind="grouped"),
+    Case("grouped-fully-stochastic", 16, 18, block_size=4, kind="grouped", variant=FULLY),
+    Case("depthwise", 6, 4, block_size=2, kind="depthwise"),
+    Case("embedding", 20, 30, kind="embedding"),
+    Case("embedding-fully-stochastic", 12, 30, block_size=0.5, kind="embedding", variant=FULLY),
+    Case("bfloat16-convolution2d", 16, 27, kind="convolution2d", dtype=torch.bfloat16),
+    Case("bfloat16-embedding", 20, 30, kind="embedding", dtype=torch.bfloat16),
+    Case("float16-grouped", 16, 18, block_size=4, kind="grouped", dtype=torch.float16),
+    Case("float16-embedding", 20, 30, kind="embedding", dtype=torch.float16),
 ]
 
 PLAIN = CASES[0]
@@ -108,6 +143,10 @@ FEW = {
     "3-terms",
     "bfloat16",
     "float16-no-bias-remainder",
+    "convolution2d-remainder",
+    "grouped",
+    "embedding",
+    "bfloat16-convolution2d",
 }
 
 # Largest ||y - y_exact|| / ||y_exact|| of one layer.
@@ -118,6 +157,10 @@ def for_cases(keep: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDe
     """Run a test for every case of the table that `keep` lets through."""
     kept = [case for case in CASES if keep(case)]
     return pytest.mark.parametrize("case", kept, ids=[case.name for case in kept])
+
+
+def is_linear(case: Case) -> bool:
+    return case.is_linear
 
 
 def is_float32(case: Case) -> bool:
@@ -136,9 +179,14 @@ def in_float64(names: Iterable[str] | None = None) -> pytest.MarkDecorator:
 
 
 for_every_case = for_cases()
+LINEAR = [case.name for case in CASES if case.is_linear]
+OTHERS = [case.name for case in CASES if not case.is_linear]
 # Without the maps, of which nothing but their blocks matters to a path, and without float64.
-for_every_shape = for_cases(lambda case: case.uses_defaults_of_the_map and case.dtype != torch.float64)
+for_every_shape = for_cases(
+    lambda case: case.is_linear and case.uses_defaults_of_the_map and case.dtype != torch.float64
+)
 for_few = for_few_cases()
+for_few_linear_cases = for_few_cases(is_linear)
 for_few_float32_cases = for_few_cases(is_float32)
 for_float64_cases = in_float64()
 for_few_float64_cases = in_float64(FEW)
@@ -174,16 +222,21 @@ def base_layer(case: Case, seed: int = 1) -> nn.Module:
     """The layer to be rotated, with random weight and bias."""
     if case.kind == "conv1d":
         layer = Conv1D(case.out_features, case.in_features)
+    elif case.kind == "embedding":
+        layer = nn.Embedding(case.in_features, case.out_features)
+    elif case.kind in CONVOLUTIONS:
+        cls, channels, settings, _ = CONVOLUTIONS[case.kind]
+        layer = cls(channels, case.out_features, bias=case.bias, **settings)
     else:
         layer = nn.Linear(case.in_features, case.out_features, bias=case.bias)
     with torch.no_grad():
         layer.weight.copy_(normal(*layer.weight.shape, seed=seed) / case.in_features**0.5)
-        if layer.bias is not None:
+        if getattr(layer, "bias", None) is not None:
             layer.bias.copy_(normal(case.out_features, seed=seed + 100))
     return layer.to(case.dtype)
 
 
-def rotated(case: Case, *, theta: float = 0.4, **config_overrides) -> tuple[PeftModel, Linear]:
+def rotated(case: Case, *, theta: float = 0.4, **config_overrides) -> tuple[PeftModel, POETLayer]:
     """A model of one rotated layer, and the layer. The rotations turn by up to about `2 atan(theta)`."""
     model = wrap(OneLayer(base_layer(case)), case.config(**config_overrides))
     randomize(model, theta)
@@ -200,7 +253,7 @@ def wrap(model: nn.Module, config: POETConfig) -> PeftModel:
 def randomize(model: nn.Module, theta: float, seed: int = 10) -> None:
     """Give all rotations random parameters, with a largest singular value of `Q` of about `theta`."""
     for layer in model.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, POETLayer):
             for rotation in (rotation for name in layer.poet_config for rotation in layer.rotations(name)):
                 std = theta / (2 * rotation.partition.block_size**0.5)
                 rotation.weight.copy_(std * normal(rotation.weight.numel(), seed=seed))
@@ -208,14 +261,25 @@ def randomize(model: nn.Module, theta: float, seed: int = 10) -> None:
 
 
 def inputs(case: Case, *leading: int, seed: int = 20) -> Tensor:
-    """A random input of the layer, shape (*leading, in_features)."""
+    """A random input of the layer, shape (*leading, in_features); (*leading, channels, *size) of a convolution; tokens
+    (*leading) of an embedding."""
+    if case.kind == "embedding":
+        return torch.randint(case.in_features, leading, generator=torch.Generator().manual_seed(seed))
+    if case.kind in CONVOLUTIONS:
+        _, channels, _, size = CONVOLUTIONS[case.kind]
+        return normal(*leading, channels, *size, seed=seed, dtype=case.dtype)
     return normal(*leading, case.in_features, seed=seed, dtype=case.dtype)
+
+
+def with_gradient(x: Tensor) -> Tensor:
+    """An input that asks for a gradient, unless it consists of tokens."""
+    return x.requires_grad_() if x.is_floating_point() else x
 
 
 def matrix(layer: nn.Module) -> Tensor:
     """The weight of a base layer as (out, in) in float64."""
     weight = layer.weight.detach().double()
-    return weight.T if isinstance(layer, Conv1D) else weight
+    return weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
 def dense_rotation(case: Case, dim: int, rotations: nn.ModuleDict, adapter: str = "default") -> Tensor:
@@ -248,7 +312,7 @@ def dense_rotation(case: Case, dim: int, rotations: nn.ModuleDict, adapter: str 
     return dense
 
 
-def dense_weight(case: Case, layer: Linear, *adapters: str) -> Tensor:
+def dense_weight(case: Case, layer: POETLayer, *adapters: str) -> Tensor:
     """`R_n ... R_1 W P_1 ... P_n` in float64, from the definition."""
     weight = matrix(layer.get_base_layer())
     for adapter in adapters or ("default",):
@@ -258,10 +322,22 @@ def dense_weight(case: Case, layer: Linear, *adapters: str) -> Tensor:
     return weight
 
 
-def dense_output(case: Case, layer: Linear, x: Tensor, *adapters: str) -> Tensor:
-    """`R W P x + bias` in float64, from the definition."""
-    y = x.double() @ dense_weight(case, layer, *adapters).T
+def dense_output(case: Case, layer: POETLayer, x: Tensor, *adapters: str) -> Tensor:
+    """`R W P x + bias` in float64, from the definition; of a convolution what torch's own gives with that weight."""
+    return output_with(case, layer, x, dense_weight(case, layer, *adapters))
+
+
+@torch.no_grad()
+def output_with(case: Case, layer: POETLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """What the base layer gives with another weight (out, in), in float64."""
+    if case.kind == "embedding":
+        return weight.T[x]
+    if case.kind in CONVOLUTIONS:
+        base = copy.deepcopy(layer.get_base_layer()).double()
+        base.weight.copy_(weight.view(base.weight.shape))
+        return base(x.double())
     bias = layer.get_base_layer().bias
+    y = x.double() @ weight.T
     return y if bias is None else y + bias.detach().double()
 
 

@@ -11,7 +11,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.utils import logging
 
-from poet_peft.layer import Linear
+from poet_peft.linear import Linear
 
 
 # Its warning that inputs are cast comes once a layer and call.

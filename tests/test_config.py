@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from poet_peft import POETConfig
-from poet_peft.layer import Linear
+from poet_peft.linear import Linear
 
 
 # Arguments, and what the message has to say: the field with its value.
@@ -449,8 +449,8 @@ class Zoo(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.linear = nn.Linear(8, 8)
-        self.embedding = nn.Embedding(8, 8)
-        self.convolution = nn.Conv2d(4, 4, 1)
+        self.embedding = nn.EmbeddingBag(8, 8)
+        self.convolution = nn.ConvTranspose2d(4, 4, 1)
         self.attention = nn.MultiheadAttention(8, 2)
 
 
@@ -476,8 +476,8 @@ def assert_untouched(model, fresh):
 @pytest.mark.parametrize(
     ("target", "kind"),
     [
-        ("embedding", "Embedding"),
-        ("convolution", "Conv2d"),
+        ("embedding", "EmbeddingBag"),
+        ("convolution", "ConvTranspose2d"),
         ("attention.out_proj", "NonDynamicallyQuantizableLinear"),
         ("attention", "MultiheadAttention"),
     ],

@@ -354,7 +354,8 @@ def test_index_is_redrawn_with_every_reinitialisation(case):
         for side, dim in (("R", case.out_features), ("P", case.in_features)):
             rotations = layer.poet_R if side == "R" else layer.poet_P
             if "default" in rotations:
-                partition = partition_side(case.variant, case.block_size, dim)
+                groups = getattr(layer.get_base_layer(), "groups", 1) if side == "R" else 1
+                partition = partition_side(case.variant, case.block_size, dim, groups)
                 expected = draw_index(partition, seed=7, module_name="layer", side=side, num_reinits=num_reinits)
                 assert torch.equal(rotations["default"].index, expected)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import (
     FEW,
+    LINEAR,
+    OTHERS,
     PLAIN,
     Case,
     TwoLayers,
@@ -11,7 +13,6 @@ from cases import (
     for_few,
     for_few_cases,
     for_few_float32_cases,
-    for_few_float64_cases,
     for_float64_cases,
     in_float64,
     inputs,
@@ -19,6 +20,7 @@ from cases import (
     randomize,
     relative_error,
     rotated,
+    with_gradient,
     wrap,
 )
 from torch.func import functional_call
@@ -50,11 +52,10 @@ def rotation_parameters(layer):
 
 def gradients(layer, x, run=None):
     """Of a fixed random function of the output, or of `run(layer, x)`: by input and rotation parameter."""
-    x = x.detach().requires_grad_()
-    parameters = rotation_parameters(layer)
+    x = with_gradient(x.detach())
+    wanted = {**({"x": x} if x.requires_grad else {}), **rotation_parameters(layer)}
     loss = function(layer(x)) if run is None else run(layer, x)
-    values = torch.autograd.grad(loss, [x, *parameters.values()])
-    return dict(zip(["x", *parameters], values, strict=True))
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 
 def function(y):
@@ -70,7 +71,7 @@ def assert_gradients_are_the_finite_differences(case, theta):
         return functional_call(layer, dict(zip(parameters, values, strict=True)), (x,))
 
     leaves = [inputs(case, 2), *(parameter.detach() for parameter in parameters.values())]
-    assert torch.autograd.gradcheck(forward, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
+    assert torch.autograd.gradcheck(forward, [with_gradient(leaf) for leaf in leaves], fast_mode=True)
 
 
 @for_float64_cases
@@ -80,7 +81,7 @@ def test_gradients_of_the_reference_are_the_finite_differences(case):
 
 
 @for_every_fast_path
-@for_few_float64_cases
+@in_float64(FEW.intersection(LINEAR))
 def test_gradients_of_every_fast_path_at_the_identity_are_the_finite_differences(case, path):
     assert_gradients_are_the_finite_differences(case, theta=0.0)
 
@@ -95,9 +96,14 @@ def assert_gradients_are_those_of_the_reference(case, leading):
 
 
 @for_every_fast_path
-@for_float64_cases
+@in_float64(LINEAR)
 def test_every_path_gives_the_gradients_of_the_reference(case, path):
     assert_gradients_are_those_of_the_reference(case, (2, 3))
+
+
+@in_float64(OTHERS)
+def test_gradients_of_convolutions_and_embeddings_are_those_of_the_reference(case):
+    assert_gradients_are_those_of_the_reference(case, (6,))
 
 
 @for_every_fast_path
@@ -108,7 +114,7 @@ def test_every_path_gives_the_gradients_of_the_reference_for_any_leading_dimensi
 
 
 @pytest.mark.parametrize("theta, is_used", [(1e-3, True), (3.0, False)])
-@for_few_float64_cases
+@in_float64(FEW.intersection(LINEAR))
 def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, monkeypatch):
     """Blocks that are far from orthogonal have their gradients by the other rule, which is exact for any blocks."""
     is_used = is_used or not case.is_series
@@ -178,7 +184,7 @@ def test_gradient_of_the_output_may_be_expanded(path):
 
 
 @for_every_path
-@for_few_cases(lambda case: case.bias and is_float32(case))
+@for_few_cases(lambda case: case.is_linear and case.bias and is_float32(case))
 def test_bias_trains_where_it_is_asked_to(case, path):
     _, layer = rotated(case, bias="poet_only")
     bias = layer.get_base_layer().bias
@@ -195,7 +201,7 @@ def test_gradients_agree_with_those_in_float64(case, num_tokens):
     _, layer = rotated(case)
     x = inputs(case, num_tokens)
     actual = gradients(layer, x)
-    exact = gradients(layer.double(), x.double())
+    exact = gradients(layer.double(), x.double() if x.is_floating_point() else x)
     assert all(relative_error(actual[name], exact[name]) < TOLERANCE[case.dtype] for name in exact)
 
 
@@ -206,6 +212,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(case, num_tokens):
     found = {name: gradient.dtype for name, gradient in gradients(layer, inputs(case, num_tokens)).items()}
     # PEFT keeps the trained parameters of low-precision models in float32.
     trained = torch.promote_types(case.dtype, torch.float32)
+    found.setdefault("x", case.dtype)  # tokens have none
     assert found == {"x": case.dtype, **dict.fromkeys(rotation_parameters(layer), trained)}
 
 
@@ -214,8 +221,8 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(case, num_tokens):
 @for_few_float32_cases
 def test_autocast_changes_gradients_by_its_rounding_only(case, num_tokens, backward_inside):
     _, layer = rotated(case)
-    x = inputs(case, num_tokens).requires_grad_()
-    wanted = {"x": x, **rotation_parameters(layer)}
+    x = with_gradient(inputs(case, num_tokens))
+    wanted = {**({"x": x} if x.requires_grad else {}), **rotation_parameters(layer)}
     exact = gradients(layer, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = function(layer(x).float())

@@ -6,7 +6,7 @@ from cases import relative_error
 from torch import nn
 
 from poet_peft import POETConfig
-from poet_peft.layer import Linear
+from poet_peft.linear import Linear
 
 
 def layer(memory_efficient):

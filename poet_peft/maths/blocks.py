@@ -36,11 +36,13 @@ class BlockPartition:
         dim: number of features of the side.
         num_rotated: how many of them are rotated (all, or `block_size` when fully stochastic).
         block_size: size `b` of a full block.
+        groups: consecutive parts of equal size that no block reaches beyond, as of a grouped convolution.
     """
 
     dim: int
     num_rotated: int
     block_size: int
+    groups: int = 1
 
     @property
     def num_full_blocks(self) -> int:
@@ -82,29 +84,35 @@ class BlockPartition:
         return [zero.expand(self.num_full_blocks, b, b), *([zero.expand(1, r, r)] if r else [])]
 
 
-def rotated_sides(out_features: int, in_features: int) -> list[tuple[SideName, int]]:
-    """The sides of a weight (out, in) that can be rotated, with their numbers of features. One feature has no plane
-    to turn in."""
-    sides: list[tuple[SideName, int]] = [("R", out_features), ("P", in_features)]
-    return [(side, dim) for side, dim in sides if dim > 1]
-
-
-def partition_side(variant: Variant, block_size: int | float, dim: int) -> BlockPartition:
+def partition_side(variant: Variant, block_size: int | float, dim: int, groups: int = 1) -> BlockPartition:
     """Cut a side of `dim >= 2` features into blocks.
 
     Args:
-        block_size: an int, at least 2; when fully stochastic also a fraction of `dim` in (0, 1].
+        block_size: an int, at least 2; when fully stochastic also a fraction in (0, 1] of `dim`, or of a group.
+        groups: blocks stay within these parts of the side. Block-stochastic blocks then have the largest size up to
+            `block_size` that divides a group. A fully stochastic block lies in one group.
 
     Raises:
         ValueError: fully stochastic with a block larger than the side. (Block-stochastic blocks are clipped to it.)
+            Or no block of at least two features divides a group.
     """
+    size = dim // groups
     if variant == "block_stochastic":
-        return BlockPartition(dim, dim, min(int(block_size), dim))
+        b = min(int(block_size), size)
+        if groups > 1:
+            b = next((b for b in range(b, 1, -1) if size % b == 0), 0)
+        if b < 2:
+            larger = next(b for b in range(int(block_size), size + 1) if size % b == 0)
+            raise ValueError(
+                f"no block of 2 to {int(block_size)} features divides a group of {size}, but {larger} does"
+            )
+        return BlockPartition(dim, dim, b, groups)
     if isinstance(block_size, float):
-        block_size = max(2, int(block_size * dim))
-    if block_size > dim:
-        raise ValueError(f"block_size={block_size} is larger than a side of {dim} features")
-    return BlockPartition(dim, block_size, block_size)
+        block_size = max(2, int(block_size * size))
+    if block_size > size:
+        part = "side" if groups == 1 else "group"
+        raise ValueError(f"block_size={block_size} is larger than a {part} of {size} features")
+    return BlockPartition(dim, block_size, block_size, groups)
 
 
 def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: SideName, num_reinits: int) -> Tensor:
@@ -118,7 +126,10 @@ def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: 
     """
     text = f"poet/{seed}/{module_name}/{side}/{num_reinits}"
     keys = np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * partition.dim), dtype="<u8")
-    order = np.argsort(keys, kind="stable")[: partition.num_rotated]
+    order = np.argsort(keys, kind="stable")
+    # Group by group, first the one of the first feature.
+    group = order // (partition.dim // partition.groups)
+    order = order[np.argsort((group - group[0]) % partition.groups, kind="stable")][: partition.num_rotated]
     if partition.num_rotated < partition.dim:
         order = np.sort(order)
     return torch.from_numpy(order.astype(np.int32))

@@ -113,10 +113,7 @@ class _EffectiveLinear(torch.autograd.Function):
             output = y if bias is None else y + bias.to(y.dtype)
         ctx.tangent = plan.tangent and is_near and (ctx.needs_input_grad[3] or ctx.needs_input_grad[5])
         ctx.plan = plan
-        if not torch.compiler.is_compiling():
-            ctx.parameters = {"the base weight": weight, "the rotation R": upper_R, "the rotation P": upper_P}
-            known = {name: x for name, x in ctx.parameters.items() if x is not None and not x.is_inference()}
-            ctx.versions = {name: x._version for name, x in known.items()}
+        _remember_versions(ctx, weight, upper_R, upper_P)
         ctx.blocks = None if plan.memory_efficient else blocks
         if ctx.tangent:
             ctx.output = _Unwritten(y)
@@ -163,6 +160,59 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if needs_P:
         grad_P = P.vjp(ctx.plan.map_P, blocks_P).to(tensors[2].dtype)
     return grad_x.to(x.dtype) if needs_x else None, None, grad_bias, grad_R, None, grad_P, None, None
+
+
+def rotated_weight(weight: Tensor, R: Side | None, P: Side | None, identity: bool = False) -> Tensor:
+    """`R W P` of a weight (out, in), in its dtype, with the weight-centric rule as its backward.
+
+    Not differentiable with respect to the weight, and only once with respect to the rotations.
+
+    Args:
+        identity: both sides are known to be the identity.
+    """
+    index_R, upper_R, *settings_R = R or (None,) * 5
+    index_P, upper_P, *settings_P = P or (None,) * 5
+    plan = _Plan(*settings_R, *settings_P, tangent=False, memory_efficient=False, identity=identity)
+    return _RotatedWeight.apply(weight, upper_R, index_R, upper_P, index_P, plan)
+
+
+class _RotatedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        upper_R: Tensor | None,
+        index_R: Tensor | None,
+        upper_P: Tensor | None,
+        index_P: Tensor | None,
+        plan: _Plan,
+    ) -> Tensor:
+        tensors = (upper_R, index_R, upper_P, index_P)
+        ctx.plan = plan
+        _remember_versions(ctx, weight, upper_R, upper_P)
+        ctx.save_for_backward(weight, *tensors)
+        return weight.view_as(weight) if plan.identity else effective_weight(weight, *_blocks(plan, tensors))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *tensors = _saved_tensors(ctx)
+        _, needs_R, _, needs_P = ctx.needs_input_grad[:4]
+        with torch.autocast(device_type=grad.device.type, enabled=False):
+            R, P = _blocks(ctx.plan, tensors)
+            gradients = _weight_centric_at_identity if ctx.plan.identity else _weight_centric
+            blocks_R, blocks_P = gradients(grad, weight, R, P)
+            grad_R = R.vjp(ctx.plan.map_R, blocks_R).to(tensors[0].dtype) if needs_R else None
+            grad_P = P.vjp(ctx.plan.map_P, blocks_P).to(tensors[2].dtype) if needs_P else None
+        return None, grad_R, None, grad_P, None, None
+
+
+def _remember_versions(ctx: Any, weight: Tensor, upper_R: Tensor | None, upper_P: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    ctx.parameters = {"the base weight": weight, "the rotation R": upper_R, "the rotation P": upper_P}
+    known = {name: x for name, x in ctx.parameters.items() if x is not None and not x.is_inference()}
+    ctx.versions = {name: x._version for name, x in known.items()}
 
 
 def _saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:

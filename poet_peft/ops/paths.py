@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
-from .effective import effective_linear
+from . import effective, reference
 from .input_centric import input_centric
 from .sides import Side
 
@@ -155,4 +154,21 @@ def poet_linear(
     only_R, only_P = (sides[0] if sides else None for sides in (R, P))
     tangent = path == "tangent"
     settings = {"tangent": tangent, "memory_efficient": memory_efficient, "identity": identity}
-    return effective_linear(x, weight, bias, only_R, only_P, **settings)
+    return effective.effective_linear(x, weight, bias, only_R, only_P, **settings)
+
+
+def rotated_weight(weight: Tensor, R: Sequence[Side], P: Sequence[Side], identity: bool = False) -> Tensor:
+    """`R_n ... R_1 W P_1 ... P_n` in the dtype of the weight, rounded once; differentiable by the rotations.
+
+    For layers that do more with their weight than `W x`.
+
+    Args:
+        weight: (out, in), frozen.
+        identity: whether all sides are known to be the identity.
+    """
+    if _forced_path == "reference" or len(R) > 1 or len(P) > 1:
+        exact = weight if weight.dtype == torch.float64 else weight.float()
+        pairs = ([(side.index, side.deltas()) for side in sides] for sides in (R, P))
+        return reference.effective_weight(exact, *pairs).to(weight.dtype)
+    only_R, only_P = (sides[0] if sides else None for sides in (R, P))
+    return effective.rotated_weight(weight, only_R, only_P, identity)

@@ -1,8 +1,18 @@
-"""Weights that are one floating-point parameter, of `nn.Linear` or transformers' `Conv1D`; also sharded, or 16-bit."""
+"""Weights that are one floating-point parameter; also sharded, or 16-bit.
+
+As a matrix (out, in) they are, by the kind of layer:
+
+- `nn.Linear`: the weight itself. transformers' `Conv1D`: its transpose.
+- `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: (out channels, in channels / groups * kernel), each output channel's kernel as
+  a row. It multiplies patches of the input.
+- `nn.Embedding`: the transpose, (embedding dimension, vocabulary). It multiplies tokens as unit vectors.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..maths.blocks import SideName
 from .base import BaseWeight
 from .residual import LOW_PRECISION, at_least_fp32, join, split
 from .sharded import full, write
@@ -17,10 +28,11 @@ from .sharded import full, write
 
 _NUM_PROBES = 8
 _COMPUTES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class PlainWeight(BaseWeight):
-    """The parameter `weight` of the layer; a `Conv1D` keeps it transposed."""
+    """The parameter `weight` of the layer."""
 
     def parts(self) -> dict[str, Tensor]:
         return {"weight": self.layer.weight}
@@ -39,7 +51,7 @@ class PlainWeight(BaseWeight):
 
     @torch.no_grad()
     def write(self, matrix: Tensor, residual: Tensor | None = None) -> None:
-        weight = weight_as_matrix(self.layer, matrix)
+        weight = _as_weight(self.layer, matrix)
         write(self.layer.weight, weight)
         if residual is not None and self.range_dtype in LOW_PRECISION:
             residual.copy_(split(weight, self.range_dtype)[1])
@@ -47,7 +59,8 @@ class PlainWeight(BaseWeight):
     @torch.no_grad()
     def change(self, change: Callable[[Tensor], None], residual: Tensor | None = None) -> None:
         weight = self.layer.weight
-        if isinstance(weight, DTensor) or weight.dtype in LOW_PRECISION:
+        is_view = weight.is_contiguous()  # not where channels come last
+        if isinstance(weight, DTensor) or weight.dtype in LOW_PRECISION or not is_view:
             super().change(change, residual)
         else:
             change(weight_as_matrix(self.layer))
@@ -69,40 +82,57 @@ class PlainWeight(BaseWeight):
             )
         if self.layer.weight.is_meta:  # offloaded: looked at once it is there
             return
+        if isinstance(self.layer, CONVOLUTIONS):  # the adapter itself runs the layer with another weight
+            return
         if not _computes_with(self.layer, self.read()):
             raise ValueError(
-                f"{name!r} ({kind}) does not compute `W x + bias` with its weight alone: its own forward, or a hook, "
-                "changes the result, so its rotations cannot be written into the weight. Keep the adapter beside the "
-                "base, with merge_interval=0, or add it to exclude_modules."
+                f"{name!r} ({kind}) does not compute {_formula(self.layer)} with its weight alone: its own forward, "
+                "or a hook, changes the result, so its rotations cannot be written into the weight. Keep the adapter "
+                "beside the base, with merge_interval=0, or add it to exclude_modules."
             )
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes `W x + bias` and nothing else: no class of its own, no hook, no exchanged forward."""
+    """Whether a layer does what its kind does and nothing else: no class of its own, no hook, no exchanged forward."""
     return (
-        type(layer) in (nn.Linear, Conv1D)
+        type(layer) in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
         and "forward" not in layer.__dict__
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
     )
 
 
+def _formula(layer: nn.Module) -> str:
+    return "rows of a table" if isinstance(layer, nn.Embedding) else "`W x + bias`"
+
+
 @torch.no_grad()
 def _computes_with(layer: nn.Module, matrix: Tensor) -> bool:
-    """Whether a layer computes `W x + bias` with this matrix (out, in), shown on a few random inputs."""
+    """Whether a layer computes `W x + bias` with this matrix (out, in), shown on a few random inputs.
+
+    An embedding may multiply by a number as well, which a rotation of the result does not notice.
+    """
     dtype = layer.weight.dtype if layer.weight.dtype in _COMPUTES else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_NUM_PROBES, matrix.shape[1], generator=generator).to(layer.weight.device, dtype)
     forward = getattr(layer, "_old_forward", layer)  # below accelerate's hook, which takes the weight away afterwards
+    looks_up = isinstance(layer, nn.Embedding)
+    if looks_up:
+        x = torch.randint(matrix.shape[1], (_NUM_PROBES,), generator=generator).to(layer.weight.device)
+        expected = matrix.mT[x].to(dtype)
+    else:
+        x = torch.randn(_NUM_PROBES, matrix.shape[1], generator=generator).to(layer.weight.device, dtype)
+        expected = F.linear(x, matrix.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
     try:
         y = forward(x)
     except Exception:
         return False
-    expected = F.linear(x, matrix.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
     if not isinstance(y, Tensor) or y.shape != expected.shape:
         return False
-    difference = torch.linalg.vector_norm((y - expected).float())
-    return bool(difference <= 64 * torch.finfo(dtype).eps * torch.linalg.vector_norm(expected.float()))
+    y, expected = y.float(), expected.float()
+    if looks_up:
+        expected = expected * ((y * expected).sum() / expected.square().sum().clamp_min(1e-30))
+    difference = torch.linalg.vector_norm(y - expected)
+    return bool(difference <= 64 * torch.finfo(dtype).eps * torch.linalg.vector_norm(expected))
 
 
 # nn.MultiheadAttention reads the weight of this layer and never calls it: an adapter around it would do nothing.
@@ -110,13 +140,48 @@ NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def weight_as_matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """A weight of the layer, its own by default, as a view (out_features, in_features): a Conv1D's is transposed."""
+    """A weight of the layer, its own by default, as (out_features, in_features): a view if it is contiguous."""
     weight = layer.weight if weight is None else weight
-    return weight.mT if isinstance(layer, Conv1D) else weight
+    if isinstance(layer, CONVOLUTIONS):
+        return weight.flatten(1)
+    return weight.mT if isinstance(layer, Conv1D | nn.Embedding) else weight
+
+
+def _as_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix (out_features, in_features) in the shape of the layer's weight."""
+    if isinstance(layer, CONVOLUTIONS):
+        return matrix.reshape(layer.weight.shape)
+    return matrix.mT if isinstance(layer, Conv1D | nn.Embedding) else matrix
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """`(out_features, in_features)`, also where the weight is packed by quantization."""
+    """`(out_features, in_features)` of the weight as a matrix, also where it is packed by quantization."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
     return layer.out_features, layer.in_features
+
+
+class RotatedSide(NamedTuple):
+    """A side of a weight that can be rotated: "R" or "P", its number of features, and the groups that they stay in."""
+
+    name: SideName
+    dim: int
+    groups: int = 1
+
+
+def rotated_sides(layer: nn.Module) -> list[RotatedSide]:
+    """The sides of a layer's weight that can be rotated.
+
+    One feature has no plane to turn in. The output channels of a grouped convolution see different inputs, so they
+    mix within their group. The vocabulary of an embedding does not mix: a token would become a mixture of others.
+    """
+    out_features, in_features = features(layer)
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    sides = [RotatedSide("R", out_features, groups)] if out_features > groups else []
+    if in_features > 1 and not isinstance(layer, nn.Embedding):
+        sides.append(RotatedSide("P", in_features))
+    return sides

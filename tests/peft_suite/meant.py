@@ -20,10 +20,10 @@ class Meant(NamedTuple):
 
 MEANT = (
     Meant(
-        test=r"",
-        error=r"POET cannot rotate '.*' of type (Embedding|Conv2d)",
-        reason="Only linear layers (`nn.Linear`, quantized ones, transformers' `Conv1D`) are supported so far. A "
-        "configuration that targets another kind is refused by name, before the model is touched.",
+        test=r"fully stochastic",
+        error=r"block_size=10 is larger than a side of 5 features",
+        reason="A fully stochastic block is one block of the given size. A side with fewer features is refused by "
+        "name: the block has to be made smaller, or given as a fraction of each side.",
     ),
     Meant(
         test=r"::test_save_load_roundtrip_fsdp_wrapped_learnable_bias\[",
