@@ -18,6 +18,7 @@ from .config import POETConfig
 from .dial import ScaledAdapters
 from .errors import POETCheckpointError
 from .maths.blocks import partition_side, rotated_sides
+from .mixed_batch import mixed_forward
 from .ops import reference
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
@@ -201,8 +202,7 @@ class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
     def _active_here(self) -> list[str]:
         return self._turned(self.active_adapters)
 
-    def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = self._active_here()
+    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled():
             for rotation in itertools.chain.from_iterable(map(self.rotations, adapters)):
                 if rotation.mesh is not None:
@@ -372,15 +372,17 @@ class Linear(nn.Module, POETLayer):
         self.train(base_layer.training)
         self.update_layer(adapter_name, config)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._original_forward(x, *args, **kwargs)
         self.check_base_weight_was_loaded()
+        if adapter_names is not None:
+            return mixed_forward(self, x, adapter_names, *args, **kwargs)
         if self.merged or not self._active_here():
             return self.base_layer(x, *args, **kwargs)
-        return self._rotated_forward(x, *args, **kwargs)
+        return self._rotated_forward(x, self._active_here(), *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, or of a pickle
