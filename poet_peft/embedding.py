@@ -18,8 +18,8 @@ class Embedding(RotatedModule):
     There is no `P`: it would mix the rows of the vocabulary, and with them the meanings of tokens.
     """
 
-    def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        R, _ = self.sides(self._active_here())
+    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        R, _ = self.sides(adapters)
         if is_plain(self.base_layer):
             # Frozen, also where a loader of transformers has made a new parameter of it that is not.
             y = F.embedding(x, self.base_layer.weight.detach(), *args, **kwargs)

@@ -193,6 +193,11 @@ def check_foldable(layer: POETLayer, adapter: str) -> None:
             f"{name!r} has the adapter {layer.merged_adapters} merged into its weight, so its rotations cannot be "
             "folded into it a second time. Call unmerge_adapter() first."
         )
+    if layer.is_scaled(adapter):
+        raise POETFoldError(
+            f"the adapter {adapter!r} of {name!r} has scale={layer.scaling[adapter]:g}, and a fold is of the adapter "
+            "as trained. Set the scale back to 1 (unscale_layer()), or use merge_adapter(), which merges at its scale."
+        )
     adapters = list(layer.poet_config)
     if len(adapters) > 1:
         raise POETFoldError(

@@ -15,8 +15,10 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .config import POETConfig
+from .dial import ScaledAdapters
 from .errors import POETCheckpointError
 from .maths.blocks import partition_side
+from .mixed_batch import mixed_forward
 from .ops import reference
 from .ops.sides import Side
 from .original import OriginalModel
@@ -46,7 +48,7 @@ def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
             yield name, module
 
 
-class POETLayer(OriginalModel, BaseTunerLayer):
+class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
     """Rotations of all adapters around one base layer.
 
     Attributes:
@@ -55,12 +57,12 @@ class POETLayer(OriginalModel, BaseTunerLayer):
             on as the run that wrote the file.
         poet_residual: the residual of a bf16 or fp16 weight, by adapter, with `compensated_folds`; see
             `residual.split`.
-        poet_config: the configuration, by adapter.
+        poet_config, poet_scaling: the configuration and the scale, by adapter; see `ScaledAdapters`.
         poet_initial_weight: copy of the base weight from before any fold, with `keep_initial_weights`; else None.
     """
 
     adapter_layer_names = ("poet_R", "poet_P")
-    other_param_names = ("poet_state", "poet_residual", "poet_config")
+    other_param_names = ("poet_state", "poet_residual", "poet_config", "poet_scaling")
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -74,6 +76,7 @@ class POETLayer(OriginalModel, BaseTunerLayer):
         self.poet_state = BufferDict(persistent=True)
         self.poet_residual = BufferDict(persistent=True)
         self.poet_config: dict[str, POETConfig] = {}
+        self.poet_scaling: dict[str, float] = {}
         self.register_buffer("poet_initial_weight", None, persistent=False)
         self._states: dict[str, tuple[Tensor, int, AdapterState]] = {}
         self._unmerged_parts: dict[str, Tensor] | None = None
@@ -110,6 +113,7 @@ class POETLayer(OriginalModel, BaseTunerLayer):
             (self.poet_R if side == "R" else self.poet_P)[adapter_name] = rotation.to(dtype)
         self.poet_state[adapter_name] = AdapterState.at_start(config.seed, config.map, block_sizes).tensor()
         self.poet_config[adapter_name] = config
+        self.poet_scaling[adapter_name] = 1.0
         if self.is_compensated(adapter_name):
             self._ensure_residual(adapter_name)
         if config.merge_interval and config.is_from_file and self.base_weight.is_quantized:
@@ -189,15 +193,15 @@ class POETLayer(OriginalModel, BaseTunerLayer):
     # Forward
 
     def sides(self, adapter_names: list[str]) -> tuple[list[Side], list[Side]]:
-        """Both sides' rotations of the adapters, the first adapter's first."""
-        R, P = ([side[name]() for name in adapter_names if name in side] for side in (self.poet_R, self.poet_P))
+        """Both sides' rotations of the adapters at their scales, the first adapter's first."""
+        R, P = (list(self._scaled_sides(side, adapter_names)) for side in (self.poet_R, self.poet_P))
         return R, P
 
     def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if self.has_adapter(name)]
+        return self._turned(self.active_adapters)
 
-    def _rotated_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward of the active adapters, of which there is at least one."""
+    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The forward of these adapters, of which there is at least one."""
         raise NotImplementedError
 
     def _is_at_identity(self, adapters: list[str], sides: list[Side]) -> bool:
@@ -310,16 +314,6 @@ class POETLayer(OriginalModel, BaseTunerLayer):
         self._states.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    # Scaling, which PEFT asks of every layer, has no meaning for a rotation
-
-    def scale_layer(self, scale: float) -> None:
-        if scale != 1 and self._active_here():
-            warnings.warn("POET's rotations cannot be scaled; the scale stays 1.")
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        if scale not in (None, 1) and self._active_here():
-            warnings.warn("POET's rotations cannot be scaled; the scale stays 1.")
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
@@ -342,19 +336,22 @@ class RotatedModule(nn.Module, POETLayer):
         self.train(base_layer.training)
         self.update_layer(adapter_name, config)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._original_forward(x, *args, **kwargs)
         self.check_base_weight_was_loaded()
-        if self.merged or not self._active_here():
+        if adapter_names is not None:
+            return mixed_forward(self, x, adapter_names, *args, **kwargs)
+        adapters = self._active_here()
+        if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         if torch.is_grad_enabled():
-            for rotation in itertools.chain.from_iterable(map(self.rotations, self._active_here())):
+            for rotation in itertools.chain.from_iterable(map(self.rotations, adapters)):
                 if rotation.mesh is not None:
                     keep_replicas_equal(rotation.weight, rotation.mesh)
-        return self._rotated_forward(x, *args, **kwargs)
+        return self._rotated_forward(x, adapters, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, or of a pickle

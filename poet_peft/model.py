@@ -6,7 +6,8 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -18,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
+from .combine import check_combinable, weighted_parameters, write_sum
 from .config import POETConfig
 from .convolution import Convolution
 from .embedding import Embedding
@@ -25,6 +27,7 @@ from .files.adapter import check_adapter_tensors, load_base_tensors, match_resid
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import POETLayer, poet_layers
 from .linear import Linear
+from .mixed_batch import named_adapters, num_repeats_of
 from .targets import check_supported, check_targets, leave_out, warn_of_unreached_weights
 from .weights.initial import draw_weight
 from .weights.plain import CONVOLUTIONS, PlainWeight, features, rotated_sides
@@ -194,12 +197,45 @@ class POETModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "POET does not support adapter_names=..., different adapters for the samples of one batch. Split the "
-                "batch by adapter and call set_adapter() in between."
-            )
-        yield
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        layers = [layer for _, layer in poet_layers(self.model)]
+        with named_adapters(self.model, layers, adapter_names, num_repeats_of(kwargs)):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear"] = "linear",
+    ) -> None:
+        """Add the weighted sum of adapters in the Lie algebra: of the generators `A` of rotations `exp(A)`.
+
+        With weights that add up to 1 it is an average of the adapters, and rotations still. For adapters of the same
+        planes: the same layers, variant, block size and seed. Their scales count. The new adapter is not active, does
+        not train, and has the map of the first.
+
+        Args:
+            adapters: names of the adapters.
+            weights: a weight for each; any finite number.
+            adapter_name: name of the new adapter.
+            combination_type: "linear"; PEFT's others are of low-rank matrices.
+
+        Raises:
+            ValueError: names the adapters and the module, what differs, and the way out.
+        """
+        check_combinable(self.model, self.peft_config, adapters, weights, adapter_name, combination_type)
+        parameters = weighted_parameters(self.model, adapters, weights)
+        self.peft_config[adapter_name] = replace(self.peft_config[adapters[0]], base_init=None)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        write_sum(adapters, adapter_name, parameters)
 
     def disable_adapter_layers(self) -> None:
         for _, layer in poet_layers(self.model):

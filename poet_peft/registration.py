@@ -1,10 +1,11 @@
-"""The one place that touches PEFT's enum and mappings."""
+"""The one place that touches PEFT's enum and mappings, and the class that `rescale_adapter_scale` looks for."""
 
 from __future__ import annotations
 
 import warnings
 
 import peft
+import peft.helpers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -63,8 +64,21 @@ def register(config_cls: type, model_cls: type) -> None:
     theirs = _config_cls_of_peft()
     if theirs is not None:
         warnings.warn(_name_is_taken(theirs))
-    elif peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    _make_scalable(model_cls.tuner_layer_cls)
+    if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     else:
         register_peft_method(name=_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+
+
+def _make_scalable(layer_cls: type) -> None:
+    """Let `peft.helpers.rescale_adapter_scale` scale layers of this class beside LoRA's, which it looks for by class.
+
+    The name is used there for one `isinstance` alone, which takes a tuple as well.
+    """
+    known = peft.helpers.LoraLayer
+    classes = known if isinstance(known, tuple) else (known,)
+    if layer_cls not in classes:
+        peft.helpers.LoraLayer = (*classes, layer_cls)

@@ -528,14 +528,6 @@ def test_safe_merge_refuses_a_broken_adapter():
         model.merge_adapter(safe_merge=True)
 
 
-def test_one_batch_with_several_adapters_is_refused():
-    model = two_adapters()
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(tokens(), adapter_names=["first", "second"])
-    with pytest.raises(ValueError, match="adapter_names"):
-        model.generate(tokens(), adapter_names=["first", "second"], max_new_tokens=1)
-
-
 # What trains
 
 

@@ -111,7 +111,7 @@ def _(upper: Tensor) -> Tensor:
 
 
 class KeptBlocks:
-    """The blocks of one rotation, kept for as long as its `upper` and `index` equal those they were computed from.
+    """The blocks of one rotation, kept for as long as `upper`, `index` and map equal those they were computed from.
 
     Equal in every entry: they are compared at each use, with copies, so that no way of changing them goes unnoticed.
     Micro-batches of an optimizer step and tokens of a generation share the blocks; nothing that depends on the weight
@@ -119,13 +119,13 @@ class KeptBlocks:
     """
 
     def __init__(self) -> None:
-        self._values: tuple[Tensor, Tensor, SideBlocks, bool] | None = None
+        self._values: tuple[Tensor, Tensor, SideBlocks, bool, OrthogonalMap] | None = None
 
     def blocks(self, side: Side, with_inverses: bool) -> SideBlocks:
         # One local name throughout: another thread may exchange it at any time.
         values = self._values
-        if values is not None and _equal(values[0], side.upper) and _equal(values[1], side.index):
-            upper, index, blocks, has_inverses = values
+        if values is not None and _equal_sides(values, side):
+            upper, index, blocks, has_inverses, _ = values
             if has_inverses or not with_inverses:
                 return blocks
         else:
@@ -138,7 +138,7 @@ class KeptBlocks:
                 blocks = side._replace(upper=upper, index=index)._compute(with_inverses)
             else:
                 blocks = side._with_inverses(blocks)
-        self._values = upper, index, blocks, with_inverses
+        self._values = upper, index, blocks, with_inverses, side.orthogonal_map
         return blocks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptBlocks:
@@ -146,6 +146,11 @@ class KeptBlocks:
 
     def __reduce__(self) -> tuple[type[KeptBlocks], tuple[()]]:
         return KeptBlocks, ()
+
+
+def _equal_sides(values: tuple[Any, ...], side: Side) -> bool:
+    upper, index, *_, orthogonal_map = values
+    return orthogonal_map == side.orthogonal_map and _equal(upper, side.upper) and _equal(index, side.index)
 
 
 def _equal(x: Tensor, y: Tensor) -> bool:
