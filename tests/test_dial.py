@@ -13,6 +13,7 @@ from cases import (
     in_float64,
     inputs,
     matrix,
+    output_with,
     relative_error,
     rotated,
 )
@@ -72,9 +73,7 @@ def scaled_output(case, layer, x, scale):
         dense_rotation(case, n, side)
         for n, side in ((case.out_features, layer.poet_R), (case.in_features, layer.poet_P))
     )
-    y = x.double() @ (power(R, scale) @ matrix(layer.get_base_layer()) @ power(P, scale)).T
-    bias = layer.get_base_layer().bias
-    return y if bias is None else y + bias.detach().double()
+    return output_with(case, layer, x, power(R, scale) @ matrix(layer.get_base_layer()) @ power(P, scale))
 
 
 @for_few_dials

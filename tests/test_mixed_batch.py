@@ -64,9 +64,9 @@ def test_samples_of_different_adapters_differ():
 @for_few
 def test_mixed_batch_of_one_layer(case):
     model, layer = rotated(case)
-    x = inputs(case, 3, 5)
+    x = inputs(case, 3)
     with torch.no_grad():
-        expected = torch.stack([model(x[0]), layer.get_base_layer()(x[1]), model(x[2])])
+        expected = torch.cat([model(x[:1]), layer.get_base_layer()(x[1:2]), model(x[2:])])
         y = layer(x, adapter_names=["default", "__base__", "default"])
     assert y.dtype == expected.dtype
     assert relative_error(y, expected) < TOLERANCE[case.dtype]

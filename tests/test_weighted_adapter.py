@@ -12,6 +12,7 @@ from cases import (
     in_float64,
     inputs,
     matrix,
+    output_with,
     randomize,
     relative_error,
     rotated,
@@ -56,8 +57,7 @@ def test_sum_is_the_exponential_of_the_sum_of_logarithms(case):
     R = summed(case, case.out_features, layer.poet_R, weights)
     P = summed(case, case.in_features, layer.poet_P, weights)
     x = inputs(case, 5)
-    bias = layer.get_base_layer().bias
-    expected = x.double() @ (R @ matrix(layer.get_base_layer()) @ P).T + (0 if bias is None else bias.detach())
+    expected = output_with(case, layer, x, R @ matrix(layer.get_base_layer()) @ P)
     assert relative_error(active(model, "sum")(x), expected) < 1e-11
 
 
