@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import POETCheckpointError, POETFoldError, POETReferenceError, __version__
+from . import Refused
 
 
 app = typer.Typer(
@@ -27,10 +28,6 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables; angles in radians")]
 Rows = Annotated[int, typer.Option("--rows", min=0, help="layers to show, those turned furthest first; 0 = all")]
-
-
-class Refused(ValueError):
-    """A command cannot be carried out as it was given. Its text is the whole message."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,10 +118,8 @@ def merge(
 
     Example: poet-peft merge run/checkpoint-400 merged --base HuggingFaceTB/SmolLM2-135M --dtype bfloat16
     """
-    from .merging import DTYPES, merge
+    from .merging import merge
 
-    if dtype is not None and dtype not in DTYPES:
-        raise Refused(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}.")
     result = merge(adapter, out, base, dtype, push_to_hub, progress=not as_json and sys.stderr.isatty())
     if as_json:
         _print_json(result)

@@ -56,7 +56,7 @@ def doctor(with_compile: bool = False) -> dict[str, Any]:
         "versions": {
             "poet_peft": __version__,
             "python": platform.python_version(),
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
             **{name: version for name in (*_LIBRARIES, *_OPTIONAL) if (version := _version(name))},
         },
         "devices": {

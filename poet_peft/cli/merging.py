@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .. import create_model_card
 from ..errors import POETCheckpointError
+from . import Refused
 from .saved import SavedAdapter, open_adapter, open_tensors, read_metrics
 
 
@@ -60,10 +61,10 @@ def merge(
     Raises:
         FileExistsError: `out` is not empty.
         POETCheckpointError: the adapter is damaged, names no base model, or the merged model gives other logits.
-        ValueError: an unknown dtype, or a weight that the rotations cannot be merged into.
+        Refused: an unknown dtype, a weight that the rotations cannot be merged into, or a model without tokens.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}.")
+        raise Refused(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: pass a new directory.")
     adapter = open_adapter(path)
@@ -80,14 +81,17 @@ def merge(
 
     tokens = _random_tokens(model)
     expected = _logits(peft_model, tokens)
-    merged = peft_model.merge_and_unload(progressbar=progress, safe_merge=True)
+    try:
+        merged = peft_model.merge_and_unload(progressbar=progress, safe_merge=True)
+    except ValueError as error:
+        raise Refused(str(error)) from error
     merged = merged.to(saved_dtype)
     error = float((_logits(merged, tokens) - expected).norm() / expected.norm())
     if not error <= _TOLERANCE[saved_dtype]:
         raise POETCheckpointError(
-            f"the logits of the merged model are {error:.2g} of their size from the adapter's, which is no rounding of "
-            f"{str(saved_dtype).removeprefix('torch.')}: nothing was written. Is {base} the model that the adapter was "
-            "trained on? With a narrower --dtype, try float32."
+            f"the logits of the merged model are {error:.2g} of their size from the adapter's, more than rounding to "
+            f"{str(saved_dtype).removeprefix('torch.')} explains: nothing was written. Try --dtype float32; if that "
+            "fails too, please report it."
         )
     _save(merged, tokenizer, _card(adapter, base, push_to_hub or str(out)), out)
     if push_to_hub:
@@ -146,9 +150,9 @@ def _dtype_of_held_weights(adapter: SavedAdapter) -> torch.dtype | None:
 def _random_tokens(model: PreTrainedModel) -> Tensor:
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if not vocabulary:
-        raise ValueError(
-            f"{type(model).__name__} has no vocabulary, so that its outputs cannot be compared on random tokens. Merge "
-            "it in Python: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)."
+        raise Refused(
+            f"{type(model).__name__} has no vocabulary, so its outputs cannot be compared on random tokens. Merge it "
+            "in Python: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)."
         )
     return torch.randint(vocabulary, _NUM_TOKENS, generator=torch.Generator().manual_seed(0))
 
