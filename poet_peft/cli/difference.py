@@ -1,0 +1,103 @@
+"""What `poet-peft diff` says: where, and how far, two adapters turn a model apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import POETCheckpointError
+from ..ops.reference import effective_weight
+from .angles import turn, turn_between
+from .saved import OpenFile, SavedAdapter, SavedSide, open_adapter, open_tensors
+
+
+def diff(one: Path, other: Path | None = None) -> dict[str, Any]:
+    """Compare two adapters of one base model, layer by layer; or one with the base model, which turns nothing.
+
+    Adapters that keep their base weights (`merge_interval=0`, no `base_init`) are compared by their rotations: the
+    angles of `R^T S`. Where folds have changed the base weights, rotations since the last fold say little; both files
+    then hold the weights, and `weight` is how far `R W P` of the one is from that of the other, relative to the
+    latter.
+
+    Returns:
+        What JSON can hold. `layers`: one entry per layer and side, largest angle first, in radians.
+
+    Raises:
+        POETCheckpointError: as `inspection.inspect`; or the adapters cannot be compared, with the way out.
+    """
+    first = open_adapter(one)
+    second = None if other is None else open_adapter(other)
+    by_weight = first.config.changes_base_weights
+    if second is None and by_weight:
+        raise POETCheckpointError(
+            f"{one} changed the base weights (merge_interval={first.config.merge_interval}, "
+            f"base_init={first.config.base_init!r}), so its rotations alone do not say how far it is from its base "
+            "model. Pass a second checkpoint of the same run to compare with."
+        )
+    if second is not None and by_weight != second.config.changes_base_weights:
+        raise POETCheckpointError(
+            f"{one} and {other} cannot be compared: only one of them changed the base weights, and holds them. Merge "
+            "both and compare the models."
+        )
+    with open_tensors(first.file) as tensors:
+        if second is None:
+            layers = _against_identity(first, tensors)
+        else:
+            with open_tensors(second.file) as others:
+                layers = _against(first, tensors, second, others)
+    layers.sort(key=lambda entry: entry["largest"], reverse=True)
+    return {
+        "one": str(one),
+        "other": None if other is None else str(other),
+        "largest": layers[0]["largest"],
+        "rms": (sum(entry["rms"] ** 2 for entry in layers) / len(layers)) ** 0.5,
+        "weight": max((entry["weight"] for entry in layers if "weight" in entry), default=None),
+        "layers": layers,
+    }
+
+
+def _against_identity(adapter: SavedAdapter, tensors: OpenFile) -> list[dict[str, Any]]:
+    return [
+        {"layer": layer, "side": side, **turn(adapter.side(tensors, layer, side))._asdict()}
+        for layer, sides in adapter.layers.items()
+        for side in sides
+    ]
+
+
+def _against(one: SavedAdapter, tensors: OpenFile, other: SavedAdapter, others: OpenFile) -> list[dict[str, Any]]:
+    entries = []
+    for layer in dict.fromkeys([*one.layers, *other.layers]):
+        first, second = (_sides(adapter, opened, layer) for adapter, opened in ((one, tensors), (other, others)))
+        weights = [
+            _weight(adapter.base_weight(opened, layer), sides)
+            for adapter, opened, sides in ((one, tensors, first), (other, others, second))
+        ]
+        more = {}
+        if weights[0] is not None and weights[1] is not None:
+            if weights[0].shape != weights[1].shape:
+                raise POETCheckpointError(
+                    f"the weights of {layer!r} are {tuple(weights[0].shape)} in {one.file} and "
+                    f"{tuple(weights[1].shape)} in {other.file}: adapters of two models."
+                )
+            more["weight"] = float((weights[0] - weights[1]).norm() / weights[1].norm())
+        for side in [side for side in ("R", "P") if side in first or side in second]:
+            if side in first and side in second:
+                angles = turn_between(second[side], first[side])
+            else:
+                angles = turn((first if side in first else second)[side])
+            entries.append({"layer": layer, "side": side, **angles._asdict(), **more})
+    return entries
+
+
+def _sides(adapter: SavedAdapter, tensors: OpenFile, layer: str) -> dict[str, SavedSide]:
+    return {side: adapter.side(tensors, layer, side) for side in adapter.layers.get(layer, [])}
+
+
+def _weight(stored: Tensor | None, sides: dict[str, SavedSide]) -> Tensor | None:
+    """`R W P` of a weight (out, in)."""
+    if stored is None:
+        return None
+    R, P = ([(side.index, side.deltas)] if (side := sides.get(name)) else [] for name in ("R", "P"))
+    return effective_weight(stored.double(), R, P)
