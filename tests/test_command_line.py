@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poet_peft.cli import Refused, app, difference, doctor, inspection, merging
 from poet_peft.errors import POETCheckpointError
-from poet_peft.layer import Linear, poet_layers
+from poet_peft.layer import poet_layers
+from poet_peft.linear import Linear
 
 
 def run(capsys, *arguments):
