@@ -179,6 +179,21 @@ def test_site_has_formulas_as_mathml(site):
 
 
 @pytest.mark.slow
+def test_command_line_page_has_what_the_commands_print():
+    script = runpy.run_path(str(DOCS / "command_line.py"))
+    written = (DOCS / "command-line.md").read_text()
+    here = script["outputs"](written)
+    pages = [
+        {block["command"]: block["output"] for block in script["BLOCK"].finditer(page)} for page in (written, here)
+    ]
+    assert pages[0].keys() == pages[1].keys() and len(pages[0]) > 5
+    for command in pages[0].keys() - {"poet-peft doctor"}:
+        # The same lines; sizes, angles and losses may differ in their last digits from machine to machine.
+        lines = [re.sub(r"[\d.,e+-]+", "0", page[command]).split() for page in pages]
+        assert lines[0] == lines[1], command
+
+
+@pytest.mark.slow
 def test_figures_command_draws_what_the_method_page_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["figures.py", "--num_folds", "2", "--output_dir", str(tmp_path)])
     runpy.run_path(str(DOCS / "figures.py"), run_name="__main__")

@@ -204,12 +204,23 @@ def test_llamafactory_s_optimizer_names_what_is_wrong(llamafactory, config, mess
 def test_lm_eval_evaluates_a_poet_adapter(tmp_path):
     if not find_spec("lm_eval"):
         pytest.skip("lm_eval is not installed")
-    llama().save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
+    words = tokenizer()
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
     trained = wrap(llama(), "block_stochastic")
     train(trained, num_steps=2)
     trained.save_pretrained(tmp_path / "adapter")
-    rows = [{"context": "the of and", "choices": ["a", "to"], "label": i % 2} for i in range(4)]
+    # Which of two words follows: where the adapter and the base model disagree, the adapter is right.
+    vocabulary = sorted(words.get_vocab(), key=words.get_vocab().get)[:10]
+    rows = []
+    for first in vocabulary:
+        with torch.no_grad():
+            pair = [model.eval()(**words(first, return_tensors="pt")).logits[0, -1, :2] for model in (base, trained)]
+        before, after = (int(logits.argmax()) for logits in pair)
+        if before != after:
+            rows.append({"context": first, "choices": vocabulary[:2], "label": after})
+    assert rows
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "words.yaml").write_text(
         "task: words\ndataset_path: json\n"
@@ -223,4 +234,4 @@ def test_lm_eval_evaluates_a_poet_adapter(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     (results,) = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(results.read_text())["results"]["words"]["acc,none"] == 0.5
+    assert json.loads(results.read_text())["results"]["words"]["acc,none"] == 1.0

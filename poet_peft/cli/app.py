@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables; angles in radians")]
-Rows = Annotated[int, typer.Option("--rows", min=0, help="layers to show, those turned furthest first; 0 = all")]
+Rows = Annotated[int, typer.Option("--rows", min=0, help="sides of layers to show, the furthest first; 0 = all")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,7 +142,7 @@ def diff(
     rows: Rows = 10,
     as_json: Json = False,
 ) -> None:
-    """Say where and how far two adapters turn a model apart, largest angle first.
+    """Say where and how far two adapters turn a model apart, the furthest first.
 
     Example: poet-peft diff run/checkpoint-200 run/checkpoint-400
     """
@@ -233,7 +233,7 @@ def _print_angles(layers: list[dict[str, Any]], rows: int) -> None:
         table.add_row(*cells)
     _console().print(table)
     if len(shown) < len(layers):
-        print(f"... and {len(layers) - len(shown)} more sides, with smaller angles (--rows 0 shows all)")
+        print(f"... and {len(layers) - len(shown)} more sides, less far (--rows 0 shows all)")
 
 
 def _print_doctor(about: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ def diff(one: Path, other: Path | None = None) -> dict[str, Any]:
     latter.
 
     Returns:
-        What JSON can hold. `layers`: one entry per layer and side, largest angle first, in radians.
+        What JSON can hold. `layers`: one entry per layer and side, angles in radians; the largest distance of weights
+        first where there are any, else the largest angle.
 
     Raises:
         POETCheckpointError: as `inspection.inspect`; or the adapters cannot be compared, with the way out.
@@ -47,11 +48,11 @@ def diff(one: Path, other: Path | None = None) -> dict[str, Any]:
         else:
             with open_tensors(second.file) as others:
                 layers = _against(first, tensors, second, others)
-    layers.sort(key=lambda entry: entry["largest"], reverse=True)
+    layers.sort(key=lambda entry: (entry.get("weight", 0), entry["largest"]), reverse=True)
     return {
         "one": str(one),
         "other": None if other is None else str(other),
-        "largest": layers[0]["largest"],
+        "largest": max(entry["largest"] for entry in layers),
         "rms": (sum(entry["rms"] ** 2 for entry in layers) / len(layers)) ** 0.5,
         "weight": max((entry["weight"] for entry in layers if "weight" in entry), default=None),
         "layers": layers,

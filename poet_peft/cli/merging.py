@@ -85,14 +85,9 @@ def merge(
         merged = peft_model.merge_and_unload(progressbar=progress, safe_merge=True)
     except ValueError as error:
         raise Refused(str(error)) from error
+    _check(merged, tokens, expected, working_dtype)
     merged = merged.to(saved_dtype)
-    error = float((_logits(merged, tokens) - expected).norm() / expected.norm())
-    if not error <= _TOLERANCE[saved_dtype]:
-        raise POETCheckpointError(
-            f"the logits of the merged model are {error:.2g} of their size from the adapter's, more than rounding to "
-            f"{str(saved_dtype).removeprefix('torch.')} explains: nothing was written. Try --dtype float32; if that "
-            "fails too, please report it."
-        )
+    error = _check(merged, tokens, expected, saved_dtype)
     _save(merged, tokenizer, _card(adapter, base, push_to_hub or str(out)), out)
     if push_to_hub:
         HfApi().create_repo(push_to_hub, exist_ok=True)
@@ -161,6 +156,18 @@ def _random_tokens(model: PreTrainedModel) -> Tensor:
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     output = model(input_ids=tokens.to(model.device), attention_mask=torch.ones_like(tokens, device=model.device))
     return output[0].float()
+
+
+def _check(model: PreTrainedModel, tokens: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """How far the logits are from those of the adapter, relative to their norm. Refuses more than rounding."""
+    error = float((_logits(model, tokens) - expected).norm() / expected.norm())
+    if not error <= _TOLERANCE[dtype]:
+        raise POETCheckpointError(
+            f"the logits of the merged model are {error:.2g} of their size from the adapter's, more than rounding to "
+            f"{str(dtype).removeprefix('torch.')} explains: nothing was written. Try --dtype float32; if that fails "
+            "too, please report it."
+        )
+    return error
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, card: ModelCard, out: Path) -> None:
