@@ -15,6 +15,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .config import POETConfig
+from .delta import DeltaWeight
 from .dial import ScaledAdapters
 from .errors import POETCheckpointError
 from .maths.blocks import partition_side
@@ -48,7 +49,7 @@ def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
             yield name, module
 
 
-class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
+class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
     """Rotations of all adapters around one base layer.
 
     Attributes:
@@ -128,11 +129,13 @@ class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
         # PEFT also casts here, after low-memory loading too, where fp32 rotations would lose their digits for good.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":  # where index and state would be lost
+            return
         for rotation in self.rotations(adapter_name):
-            if device is not None and not rotation.weight.is_meta:
+            if not rotation.weight.is_meta:
                 rotation.to(device)
         for buffers in (self.poet_state, self.poet_residual):
-            if device is not None and adapter_name in buffers:
+            if adapter_name in buffers:
                 buffers[adapter_name] = buffers[adapter_name].to(device)
 
     # What belongs to an adapter
@@ -234,7 +237,7 @@ class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
         self.check_mergeable()
         weight = self.base_weight
         with torch.no_grad():
-            merged = rotate_weight(weight.read_exact(self.residual), *self.sides(adapter_names))
+            merged = self.rotated_weight(adapter_names)
         if safe_merge and not weight.is_storable(merged):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken, "
@@ -244,6 +247,10 @@ class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
             self._unmerged_parts = {name: part.detach().clone() for name, part in weight.parts().items()}
         weight.write(merged)
         self.merged_adapters.extend(adapter_names)
+
+    def rotated_weight(self, adapter_names: list[str]) -> Tensor:
+        """`R W P` (out, in) by these adapters, in this order."""
+        return rotate_weight(self.base_weight.read_exact(self.residual), *self.sides(adapter_names))
 
     def unmerge(self) -> None:
         """Bring back the base weight from before `merge`, bit for bit."""
@@ -313,9 +320,6 @@ class POETLayer(ScaledAdapters, OriginalModel, BaseTunerLayer):
             self.restore_initial_weight()
         self._states.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 def rotate_weight(weight: Tensor, R: list[Side], P: list[Side]) -> Tensor:

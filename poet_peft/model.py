@@ -158,8 +158,9 @@ class POETModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if any(parameter.is_meta for name, parameter in new_module.named_parameters() if name.startswith("poet_")):
-            # Low-memory loading: PEFT would move an 8-bit layer's rotations, which have no data yet.
+        if any(parameter.is_meta for parameter in new_module.parameters()):
+            # PEFT would move rotations to where the weight is: those of an 8-bit layer in low-memory loading, which
+            # have no data yet, and those beside a weight without data, which would lose theirs.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

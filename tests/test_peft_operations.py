@@ -915,10 +915,6 @@ def test_printed_number_of_trainable_parameters_counts_the_rest(capsys):
     assert f"trainable params: {adapter + rest:,} ||" in capsys.readouterr().out
 
 
-def test_conversion_to_lora_is_not_supported():
-    assert wrap(llama()).supports_lora_conversion() is False
-
-
 # Copies
 
 
