@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .weights.plain import is_plain, weight_as_matrix
+from .weights.plain import CONVOLUTIONS, is_plain, matrix_as_weight, weight_as_matrix
 
 
 class DeltaWeight:
@@ -34,11 +34,14 @@ class DeltaWeight:
             else:
                 original = weight_as_matrix(self.get_base_layer(), original)
             delta = effective - original.to(effective)
-        return weight_as_matrix(self.get_base_layer(), delta).contiguous()
+        return matrix_as_weight(self.get_base_layer(), delta).contiguous()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert the adapter. Warns of the reason where it cannot."""
         obstacle = self._obstacle_to_delta(adapter_name)
+        if isinstance(self.get_base_layer(), (*CONVOLUTIONS, nn.Embedding)):
+            kind = type(self.get_base_layer()).__name__
+            obstacle = f"PEFT converts linear layers, and {self.module_name!r} is a {kind}."
         if obstacle:
             warnings.warn(f"not to be converted to LoRA: {obstacle}")  # the same text for every layer, shown once
         return obstacle is None

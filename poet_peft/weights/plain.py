@@ -51,7 +51,7 @@ class PlainWeight(BaseWeight):
 
     @torch.no_grad()
     def write(self, matrix: Tensor, residual: Tensor | None = None) -> None:
-        weight = _as_weight(self.layer, matrix)
+        weight = matrix_as_weight(self.layer, matrix)
         write(self.layer.weight, weight)
         if residual is not None and self.range_dtype in LOW_PRECISION:
             residual.copy_(split(weight, self.range_dtype)[1])
@@ -147,7 +147,7 @@ def weight_as_matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     return weight.mT if isinstance(layer, Conv1D | nn.Embedding) else weight
 
 
-def _as_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
+def matrix_as_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
     """A matrix (out_features, in_features) in the shape of the layer's weight."""
     if isinstance(layer, CONVOLUTIONS):
         return matrix.reshape(layer.weight.shape)
