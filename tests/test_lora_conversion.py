@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from cases import PLAIN, TOLERANCE, dense_weight, for_few, for_few_float64_cases, matrix, relative_error, rotated
+from cases import (
+    CASES,
+    PLAIN,
+    TOLERANCE,
+    dense_weight,
+    for_few,
+    for_few_float64_cases,
+    matrix,
+    relative_error,
+    rotated,
+)
 from models import gpt2, llama, logits, poet_config, train, wrap
 from peft import PeftModel, convert_to_lora, save_as_lora
 from peft.helpers import rescale_adapter_scale
@@ -17,7 +27,7 @@ FULL_RANK = 1.0  # of the squared singular values
 
 def delta_of(layer, adapter="default"):
     delta = layer.get_delta_weight(adapter)
-    return (delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta).double()
+    return (delta.T if isinstance(layer.get_base_layer(), Conv1D | torch.nn.Embedding) else delta.flatten(1)).double()
 
 
 @for_few_float64_cases
@@ -34,6 +44,13 @@ def test_delta_has_the_shape_of_the_weight_and_keeps_digits(case):
     expected = dense_weight(case, layer) - matrix(layer.get_base_layer())
     assert delta.shape == layer.get_base_layer().weight.shape
     assert relative_error(delta_of(layer), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("convolution1d", "embedding")], ids=str)
+def test_only_linear_layers_can_be_converted(case):
+    _, layer = rotated(case)
+    with pytest.warns(UserWarning, match="PEFT converts linear layers"):
+        assert not layer.supports_lora_conversion()
 
 
 def test_delta_is_that_of_the_scale():
