@@ -91,9 +91,7 @@ def test_delta_of_a_folded_adapter_is_refused_with_the_ways_out():
     model = wrap(llama(), "periodic")
     merge_and_reinitialize(model, train(model, 1))
     _, layer = next(poet_layers(model))
-    with pytest.raises(
-        ValueError, match=r"'model\.layers\.0.*folded.*keep_initial_weights=True"
-    ):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0.*folded.*keep_initial_weights=True"):
         layer.get_delta_weight("default")
 
 
