@@ -265,6 +265,12 @@ class POETConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} is given without layers_to_transform; pass both, or neither."
             )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} selects among names, and target_modules="
+                f"{self.target_modules!r} is none. Name the modules in a list, or write the layers into a regular "
+                "expression."
+            )
         if self.train_rest and self.modules_to_save:
             raise ValueError(
                 f"train_rest=True already trains and saves modules_to_save={self.modules_to_save}; leave it out."

@@ -37,7 +37,7 @@ _SMALL = 4e-6
 def is_quick(item: FoldItem) -> bool:
     """Whether this fold of one adapter of one layer needs no measures."""
     layer, adapter, reinitialize = item
-    if not layer.poet_config[adapter].folds_every_step or reinitialize or layer.is_scaled(adapter):
+    if not layer.poet_config[adapter].folds_every_step or reinitialize:
         return False
     num_steps = layer.state(adapter).num_steps
     if num_steps <= 1 or num_steps % MEASURED_EVERY == 0:

@@ -57,6 +57,10 @@ BAD = {
     "block_size_pattern-none": ({"block_size_pattern": None}, "block_size_pattern=None must be a dict {name: block"),
     "layers_to_transform-float": ({"layers_to_transform": [0, 1.5]}, "layers_to_transform[1]=1.5"),
     "layers_to_transform-negative": ({"layers_to_transform": -1}, "layers_to_transform=-1"),
+    "layers_to_transform-all-linear": (
+        {"layers_to_transform": [0], "target_modules": "all-linear"},
+        "layers_to_transform=[0] selects among names, and target_modules='all-linear'",
+    ),
     "layers_to_transform-text": ({"layers_to_transform": "0"}, "layers_to_transform='0'"),
     "train_rest-text": ({"train_rest": "false"}, "train_rest='false' must be True or False"),
     "memory_efficient-number": ({"memory_efficient": 1}, "memory_efficient=1 must be True or False"),
@@ -142,7 +146,7 @@ FILLED = {
         "train_rest": True,
         "adaptive_terms": False,
         "block_size": 16,
-        "target_modules": "all-linear",
+        "target_modules": ["up_proj"],
         "layers_to_transform": 0,
     },
 }
