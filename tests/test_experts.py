@@ -10,7 +10,7 @@ from models import assert_same_state, logits, state, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from poet_peft import POETConfig, RotationMuon, merge_and_reinitialize, poet_param_groups
+from poet_peft import POETConfig, RotationMuon, fold, merge_and_reinitialize, poet_param_groups
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
 
@@ -304,6 +304,16 @@ def test_resumed_run_ends_as_the_uninterrupted_one(regime, tmp_path):
     other.load_state_dict(optimizer_state)
     train(resumed, other, range(3, 6))
     assert_same_state(state(resumed), state(model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_quick_folds_write_what_measured_folds_write(name, monkeypatch):
+    quick = trained(name, "fold-every-step")
+    monkeypatch.setattr(fold, "is_quick", lambda item: False)
+    measured = trained(name, "fold-every-step")
+    for (_, a), (_, b) in zip(poet_layers(quick), poet_layers(measured), strict=True):
+        assert relative_error(a.base_parameter, b.base_parameter) < 1e-4
+        assert relative_error(a.base_parameter, moe(name).get_parameter(a.module_name)) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
