@@ -76,6 +76,9 @@ class POETConfig(PeftConfig):
         init_weights: True starts at the identity. False starts at random rotations, for tests.
         target_modules: names of the layers to rotate (linear layers, convolutions, embeddings), a regular expression,
             or "all-linear". None = PEFT's defaults for the architecture.
+        target_parameters: names of parameters to rotate that are no layer's weight, as in PEFT's LoRA: the stacked
+            weights of experts, such as `["experts.gate_up_proj", "experts.down_proj"]`. Each expert is rotated by
+            itself. Pass `target_modules=[]` to rotate nothing else.
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indexes of the transformer layers to rotate.
         layers_pattern: name of the layer list that `layers_to_transform` indexes.
@@ -135,6 +138,9 @@ class POETConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "start at the identity"})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "layers to rotate: names, a regular expression, or 'all-linear'"}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "parameters to rotate by name, such as the stacked weights of experts"}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "layers to leave out: names or a regular expression"}
@@ -231,6 +237,8 @@ class POETConfig(PeftConfig):
         self.peft_type = ensure_peft_type()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters={self.target_parameters!r} must be a list of names, or None.")
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
 

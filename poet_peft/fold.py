@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -245,7 +244,12 @@ def _fold_layer(item: FoldItem) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(_NUM_PROBES, layer.in_features, generator=generator).to(before)
     R, P = ([(side.index, side.blocks().deltas) for side in sides] for sides in layer.sides([adapter]))
-    expected = reference.poet_linear(probes, before, None, R, P)
+    is_stack = before.dim() == 3
+    expected = (
+        probes @ reference.effective_weight(before, R, P).mT
+        if is_stack
+        else reference.poet_linear(probes, before, None, R, P)
+    )
 
     folded = _folded(item)
     old_parts = {name: part.detach().clone() for name, part in weight.parts().items()}
@@ -253,7 +257,7 @@ def _fold_layer(item: FoldItem) -> tuple[float, float]:
         layer._ensure_residual(adapter)
     weight.write(folded, layer.residual_of(adapter))
     written = weight.read()
-    output_change = _relative_error(F.linear(probes, written), expected)
+    output_change = _relative_error(probes @ written.mT, expected)
     requantization_error = _relative_error(written, folded) if weight.is_quantized else 0.0
     if not weight.is_quantized and not output_change <= _ROUNDING.get(weight.range_dtype, 5e-2):
         weight.write_parts(old_parts)

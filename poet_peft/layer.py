@@ -27,7 +27,7 @@ from .rotation import Rotation
 from .state import AdapterState
 from .weights import base_weight_of
 from .weights.base import BaseWeight
-from .weights.plain import features, rotated_sides
+from .weights.plain import RotatedSide, features, rotated_sides
 from .weights.residual import LOW_PRECISION, zero_residual
 from .weights.sharded import keep_replicas_equal, mesh_of
 
@@ -64,6 +64,8 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
 
     adapter_layer_names = ("poet_R", "poet_P")
     other_param_names = ("poet_state", "poet_residual", "poet_config", "poet_scaling")
+    weight_name = "weight"  # of the parameter that is rotated, in the base layer
+    takes_samples = True  # whether an input has a row for each sample of the batch
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -71,7 +73,7 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.out_features, self.in_features = features(self.get_base_layer())
+        self.out_features, self.in_features = self.weight_features()
         self.poet_R = nn.ModuleDict()
         self.poet_P = nn.ModuleDict()
         self.poet_state = BufferDict(persistent=True)
@@ -92,10 +94,31 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
         """What reads and writes the weight of the base layer."""
         return base_weight_of(self.get_base_layer(), self.quantization_backend)
 
+    @property
+    def base_parameter(self) -> Tensor | None:
+        """The parameter that is rotated; of another dtype or None where a quantized layer keeps it otherwise."""
+        return getattr(self.get_base_layer(), self.weight_name, None)
+
+    @property
+    def path_to_weight(self) -> str:
+        """The name of the base parameter below this layer."""
+        path, below = "base_layer", self.base_layer
+        while isinstance(below, POETLayer):
+            path, below = f"{path}.base_layer", below.base_layer
+        return f"{path}.{self.weight_name}"
+
+    def weight_features(self) -> tuple[int, int]:
+        """`(out_features, in_features)` of the base weight as a matrix."""
+        return features(self.get_base_layer())
+
+    def weight_sides(self) -> list[RotatedSide]:
+        """The sides of the base weight that can be rotated."""
+        return rotated_sides(self.get_base_layer())
+
     def update_layer(self, adapter_name: str, config: POETConfig) -> None:
         """Add an adapter: the identity, or random rotations with `init_weights=False`."""
         block_sizes = {}
-        for side, dim, groups in rotated_sides(self.get_base_layer()):
+        for side, dim, groups in self.weight_sides():
             partition = partition_side(config.variant, config.block_size_of(self.module_name), dim, groups)
             rotation = Rotation(
                 partition,
@@ -105,11 +128,11 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
                 seed=config.seed,
                 keeps_blocks=not config.memory_efficient,
             )
-            rotation.mesh = mesh_of(getattr(self.get_base_layer(), "weight", None))
+            rotation.mesh = mesh_of(self.base_parameter)
             if not config.init_weights:
                 nn.init.normal_(rotation.weight, std=0.1 / partition.block_size**0.5)
             block_sizes[side] = partition.block_size
-            base_dtype = getattr(getattr(self.get_base_layer(), "weight", None), "dtype", None)
+            base_dtype = getattr(self.base_parameter, "dtype", None)
             dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
             (self.poet_R if side == "R" else self.poet_P)[adapter_name] = rotation.to(dtype)
         self.poet_state[adapter_name] = AdapterState.at_start(config.seed, config.map, block_sizes).tensor()
@@ -120,7 +143,7 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
         if config.merge_interval and config.is_from_file and self.base_weight.is_quantized:
             self._lacks_base_weight = True
         if config.keep_initial_weights and self.poet_initial_weight is None:
-            self.poet_initial_weight = self.get_base_layer().weight.detach().clone()
+            self.poet_initial_weight = self.base_parameter.detach().clone()
 
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -180,7 +203,7 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
         )
 
     def _ensure_residual(self, adapter_name: str) -> None:
-        weight = self.get_base_layer().weight
+        weight = self.base_parameter
         if weight.dtype in LOW_PRECISION and adapter_name not in self.poet_residual:
             self.poet_residual[adapter_name] = zero_residual(weight)
 
@@ -203,7 +226,7 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
     def _active_here(self) -> list[str]:
         return self._turned(self.active_adapters)
 
-    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _rotated_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The forward of these adapters, of which there is at least one."""
         raise NotImplementedError
 
@@ -216,11 +239,11 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
             return configs[0].init_weights
         return all(side.is_identity() for side in sides)
 
-    def _original_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _original_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.poet_initial_weight is None:
-            return self.base_layer(x, *args, **kwargs)
-        weight = {"weight": self.poet_initial_weight}
-        return torch.func.functional_call(self.base_layer, weight, (x, *args), kwargs)
+            return self.base_layer(*args, **kwargs)
+        weight = {self.path_to_weight.removeprefix("base_layer."): self.poet_initial_weight}
+        return torch.func.functional_call(self.base_layer, weight, args, kwargs)
 
     # Merge and unmerge
 
@@ -268,9 +291,12 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
             ValueError: names the module, what is in the way, and the way out.
         """
         self.check_base_weight_was_loaded()
-        if isinstance(self.base_layer, BaseTunerLayer):
+        below = self.base_layer
+        while isinstance(below, POETLayer):  # around another parameter of the same module
+            below = below.base_layer
+        if isinstance(below, BaseTunerLayer):
             raise ValueError(
-                f"{self.module_name!r} carries another adapter ({type(self.base_layer).__name__}) below POET's, whose "
+                f"{self.module_name!r} carries another adapter ({type(below).__name__}) below POET's, whose "
                 "part of the weight would not be rotated. Merge that one first, before POET is added."
             )
         self.base_weight.check_readable(self.module_name)
@@ -307,7 +333,7 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
     def restore_initial_weight(self) -> None:
         """Write the weight from before any fold back into the base layer, if a copy is kept."""
         if self.poet_initial_weight is not None:
-            self.base_weight.write_parts({"weight": self.poet_initial_weight})
+            self.base_weight.write_parts({self.weight_name: self.poet_initial_weight})
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
@@ -340,22 +366,22 @@ class RotatedModule(nn.Module, POETLayer):
         self.train(base_layer.training)
         self.update_layer(adapter_name, config)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self._original_forward(x, *args, **kwargs)
+            return self._original_forward(*args, **kwargs)
         self.check_base_weight_was_loaded()
         if adapter_names is not None:
-            return mixed_forward(self, x, adapter_names, *args, **kwargs)
+            return mixed_forward(self, adapter_names, *args, **kwargs)
         adapters = self._active_here()
         if self.merged or not adapters:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if torch.is_grad_enabled():
             for rotation in itertools.chain.from_iterable(map(self.rotations, adapters)):
                 if rotation.mesh is not None:
                     keep_replicas_equal(rotation.weight, rotation.mesh)
-        return self._rotated_forward(x, adapters, *args, **kwargs)
+        return self._rotated_forward(adapters, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, or of a pickle

@@ -23,6 +23,7 @@ from .combine import check_combinable, weighted_parameters, write_sum
 from .config import POETConfig
 from .convolution import Convolution
 from .embedding import Embedding
+from .experts import ParamWrapper, check_target_parameters
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import POETLayer, poet_layers
@@ -62,6 +63,12 @@ class POETModel(BaseTuner):
 
     # Injection
 
+    def _prepare_adapter_config(self, config: POETConfig, model_config: dict[str, Any]) -> POETConfig:
+        is_known = model_config["model_type"] in self.target_module_mapping
+        if config.target_modules is None and config.target_parameters and not is_known:
+            return config
+        return super()._prepare_adapter_config(config, model_config)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         keep_exact(model)
         reshard(model)
@@ -72,7 +79,8 @@ class POETModel(BaseTuner):
             check_gathered_in_forward(model, targets)
             quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
             check_targets(model, config, targets, **quantization_kwargs)
-            warn_of_unreached_weights(model, requested)
+            check_target_parameters(model, config)
+            warn_of_unreached_weights(model, requested, config.target_parameters or ())
         clear_leftover_gguf_flags(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -138,8 +146,15 @@ class POETModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if isinstance(target, POETLayer):
+        parameter_name = optional_kwargs.get("parameter_name")
+        if isinstance(target, POETLayer) and parameter_name in (None, target.weight_name):
             target.update_layer(adapter_name, config)
+            return
+        if parameter_name is not None:
+            new_module = ParamWrapper(target, adapter_name, config, current_key, parameter_name)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)
+            self._replace_module(parent, target_name, new_module, target)
             return
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization_kwargs = get_quantization_kwargs(self)
@@ -158,7 +173,10 @@ class POETModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if any(parameter.is_meta for parameter in new_module.parameters()):
+        if isinstance(child, ParamWrapper):
+            # PEFT would look for a parameter called "weight".
+            setattr(parent, child_name, new_module)
+        elif any(parameter.is_meta for parameter in new_module.parameters()):
             # PEFT would move rotations to where the weight is: those of an 8-bit layer in low-memory loading, which
             # have no data yet, and those beside a weight without data, which would lose theirs.
             setattr(parent, child_name, new_module)
@@ -293,7 +311,7 @@ class POETModel(BaseTuner):
             for name, layer in layers.items():
                 use_layers = layer.merged or layer.base_weight.is_quantized
                 for part, tensor in layer.base_parts_to_save.items():
-                    key = base_key(name, part)
+                    key = base_key(name, layer, part)
                     saved = state_dict.get(key)
                     selected[key] = tensor.detach() if use_layers or saved is None else saved
         return selected

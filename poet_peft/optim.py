@@ -47,7 +47,7 @@ class AngleLaw:
             ValueError: the weight cannot be read, or is zero.
         """
         layer.base_weight.check_readable(layer.module_name)
-        weight = layer.get_base_layer().weight
+        weight = layer.base_parameter
         rms = 0.0 if weight.is_meta else float(layer.base_weight.read().square().mean().sqrt())
         if not 0 < rms < math.inf:
             raise ValueError(
@@ -121,7 +121,7 @@ def poet_param_groups(
         "decay": {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "decay"},
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0, "name": "no_decay"},
     }
-    rotated = {id(getattr(layer.get_base_layer(), "weight", None)) for _, layer in poet_layers(model)}
+    rotated = {id(layer.base_parameter) for _, layer in poet_layers(model)}
     for parameter in model.parameters():
         if not parameter.requires_grad or id(parameter) in rotated | rotations:
             continue

@@ -133,12 +133,18 @@ def _rotation_of(rotations: Sequence[Rotation], deltas: dict[Rotation, list[Tens
 
 
 def rotate_in_place(matrix: Tensor, side: SideName, index: Tensor, deltas: Sequence[Tensor]) -> None:
-    """`matrix <- R matrix`, or `matrix P`, of a matrix (out, in).
+    """`matrix <- R matrix`, or `matrix P`, of a matrix (out, in), or of a stack of them (num_experts, out, in).
 
     Args:
         index: rotated features in block order.
         deltas: `G - I` of the consecutive blocks of `index`.
     """
+    if matrix.dim() == 3:
+        stack = matrix if side == "R" else matrix.mT
+        rows = stack.flatten(0, 1)
+        rotate_in_place(rows, "R", index, deltas if side == "R" else [delta.mT for delta in deltas])
+        stack.copy_(rows.view(stack.shape))  # onto itself where the rows were a view
+        return
     for delta, part in block_slices(deltas):
         features = index[part].long()
         delta = delta.to(matrix.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -159,18 +159,21 @@ def chosen_by_peft(target_modules: set[str] | str | None) -> bool:
     return target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
 
 
-def warn_of_unreached_weights(model: nn.Module, target_modules: set[str] | str | None) -> None:
+def warn_of_unreached_weights(
+    model: nn.Module, target_modules: set[str] | str | None, target_parameters: Collection[str] = ()
+) -> None:
     """Warn of what `target_modules`, as the user wrote it, leaves out without saying so.
 
     That is names that match no module, and in mixtures of experts the experts and the router where transformers holds
     them as bare parameters: PEFT's "all-linear" and its defaults see only linear layers.
     """
-    experts = _expert_weights(model)
+    ends = tuple(f".{target}" for target in target_parameters)
+    experts = [name for name in _expert_weights(model) if not f".{name}".endswith(ends)]
     if chosen_by_peft(target_modules):
         if experts:
             warnings.warn(
-                f"target_modules={target_modules!r} does not reach expert weights that are not in linear layers; "
-                f"they are not rotated: {', '.join(experts)}."
+                f"target_modules={target_modules!r} does not reach expert weights that are not in linear layers. To "
+                f"rotate them, name them in target_parameters: {', '.join(experts)}."
             )
         return
     if isinstance(target_modules, str):
@@ -178,7 +181,7 @@ def warn_of_unreached_weights(model: nn.Module, target_modules: set[str] | str |
     paths = [name.split(".") for name, _ in model.named_modules()]
     unmatched = sorted(set(target_modules) - {".".join(path[i:]) for path in paths for i in range(len(path))})
     if unmatched:
-        hint = f" Expert weights that are not in linear layers cannot be rotated: {', '.join(experts)}."
+        hint = f" To rotate the weights of experts, name them in target_parameters: {', '.join(experts)}."
         warnings.warn(
             f"target_modules has names that match no module and were ignored: {unmatched}.{hint if experts else ''}"
         )

@@ -292,7 +292,8 @@ def dense_rotation(case: Case, dim: int, rotations: nn.ModuleDict, adapter: str 
         return dense
     features = rotations[adapter].index.tolist()
     parameters = iter(rotations[adapter].weight.detach().double().tolist())
-    b = len(features) if case.variant == FULLY else case.block_size
+    num_groups = 2 if case.kind == "grouped" and dim == case.out_features else 1
+    b = len(features) // num_groups if case.variant == FULLY else case.block_size
     for block in (features[start : start + b] for start in range(0, len(features), b)):
         Q = torch.zeros(len(block), len(block), dtype=torch.float64)
         for i in range(len(block)):

@@ -632,7 +632,8 @@ def test_experts_and_routers_as_targets_are_refused(target):
         poet(mixtral(), target_modules=[target])
 
 
-def test_target_parameters_are_refused():
-    """LoRA's way to reach experts."""
-    with pytest.raises(TypeError, match="target_parameters"):
-        POETConfig(target_parameters=["mlp.experts.gate_up_proj"])
+def test_experts_that_are_rotated_are_not_named_as_unreached():
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    (message,) = warnings_of(mixtral, target_modules="all-linear", target_parameters=names)
+    assert "gate.weight" in message
+    assert not any(name in message for name in names)

@@ -135,6 +135,7 @@ FILLED = {
         "seed": 2**40 + 1,
         "init_weights": False,
         "target_modules": ["q_proj", "v_proj"],
+        "target_parameters": ["experts.gate_up_proj"],
         "exclude_modules": ["up_proj"],
         "layers_to_transform": [0, 2],
         "layers_pattern": "layers",

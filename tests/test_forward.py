@@ -337,7 +337,13 @@ def with_second_adapter(case):
     """The layer with the adapters "default" and "second", both active in this order."""
     model, layer = rotated(case)
     second = Case(
-        "second", case.out_features, case.in_features, 0.5, variant="fully_stochastic", orthogonal_map="cayley"
+        "second",
+        case.out_features,
+        case.in_features,
+        0.5,
+        case.kind,
+        variant="fully_stochastic",
+        orthogonal_map="cayley",
     )
     model.add_adapter("second", second.config(seed=1))
     randomize(model, 0.4)

@@ -197,6 +197,7 @@ def test_weight_with_channels_last_is_folded_and_merged(merge_interval):
     x = inputs(case, 3)
     optimizer = optimizer_of(model, muon=merge_interval == 1)
     for _ in range(3):  # of folds after every step, those after the first are quick
+        before = matrix(base).clone()
         model(x).pow(3).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -206,7 +207,7 @@ def test_weight_with_channels_last_is_folded_and_merged(merge_interval):
         merge_and_reinitialize(model)
         assert relative_error(model(x), expected) < 1e-5
     else:
-        assert relative_error(matrix(base), matrix(base_layer(case))) > 1e-2
+        assert relative_error(matrix(base), before) > 1e-3
     expected = torch.linalg.svdvals(matrix(base_layer(case)))
     torch.testing.assert_close(torch.linalg.svdvals(matrix(base)), expected, rtol=1e-5, atol=1e-6)
 

@@ -77,7 +77,7 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
     """
     tensors = dict(tensors)
     for name, layer in layers.items():
-        weight_key, residual_key = base_key(name), f"{name}.poet_residual.{adapter_name}"
+        weight_key, residual_key = base_key(name, layer), f"{name}.poet_residual.{adapter_name}"
         if layer.quantization_backend is not None:
             continue
         weight = tensors.get(weight_key)
@@ -85,7 +85,7 @@ def match_residuals(adapter_name: str, layers: dict[str, POETLayer], tensors: di
         # Without a residual in the model, its key was not given the adapter's name.
         residual = tensors.pop(residual_key, None)
         residual = tensors.pop(f"{name}.poet_residual", residual)
-        dtype = layer.get_base_layer().weight.dtype
+        dtype = layer.base_parameter.dtype
         if weight is None or (residual is None and not in_model):
             continue
         fitting = zero_residual(weight)
@@ -149,7 +149,7 @@ def load_base_tensors(
                 )
     for name, layer in layers.items():
         others = [other for other in layer.poet_config if other != adapter_name]
-        keys = [key for key in required if key.startswith(base_key(name))]
+        keys = [key for key in required if key.startswith(base_key(name, layer))]
         if (others or layer.merged) and not all(
             _same_bits(tensors[key].to(current[key]), current[key]) for key in keys
         ):

@@ -20,14 +20,15 @@ from ..weights.quantized import quantized_keys
 _CONTAINERS = "poet_R|poet_P|poet_state|poet_residual"
 
 
-def base_key(layer_name: str, part: str = "weight") -> str:
+def base_key(layer_name: str, layer: POETLayer, part: str | None = None) -> str:
     """The key of a rotated layer's base weight, or of one of its parts, as state dicts have it."""
-    return f"{_state_dict_name(layer_name)}.base_layer.{part}"
+    path = layer.path_to_weight.removesuffix(layer.weight_name)
+    return f"{_state_dict_name(layer_name)}.{path}{part or layer.weight_name}"
 
 
 def base_keys(layer_name: str, layer: POETLayer) -> dict[str, Tensor]:
     """The tensors of a layer's base weight, by their keys."""
-    return {base_key(layer_name, part): tensor for part, tensor in layer.base_weight.parts().items()}
+    return {base_key(layer_name, layer, part): tensor for part, tensor in layer.base_weight.parts().items()}
 
 
 def _state_dict_name(module_name: str) -> str:
@@ -51,7 +52,7 @@ def rest_keys(model: nn.Module, state_dict: dict[str, Any]) -> set[str]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             excluded.add(_state_dict_name(name))
         elif isinstance(module, POETLayer):
-            excluded.add(base_key(name))
+            excluded.add(base_key(name, module))
     return {key for key in state_dict if not _is_key_under_prefixes(key, excluded)}
 
 

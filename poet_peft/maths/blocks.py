@@ -6,6 +6,9 @@ Both of POET's variants are the same object: an index tensor of rotated features
   where `block_size` does not divide the dimension.
 - fully stochastic: the index is a random subset of `block_size` features, one block; the other features stay.
 
+Where a side consists of groups that must not mix, as the output channels of a grouped convolution or the experts of a
+stacked weight, this holds for each group.
+
 POET, arXiv 2506.08001, section 3.2.
 """
 
@@ -34,7 +37,7 @@ class BlockPartition:
 
     Args:
         dim: number of features of the side.
-        num_rotated: how many of them are rotated (all, or `block_size` when fully stochastic).
+        num_rotated: how many of them are rotated (all, or `block_size` of each group when fully stochastic).
         block_size: size `b` of a full block.
         groups: consecutive parts of equal size that no block reaches beyond, as of a grouped convolution.
     """
@@ -90,7 +93,7 @@ def partition_side(variant: Variant, block_size: int | float, dim: int, groups: 
     Args:
         block_size: an int, at least 2; when fully stochastic also a fraction in (0, 1] of `dim`, or of a group.
         groups: blocks stay within these parts of the side. Block-stochastic blocks then have the largest size up to
-            `block_size` that divides a group. A fully stochastic block lies in one group.
+            `block_size` that divides a group. Fully stochastic, each group has a block of its own.
 
     Raises:
         ValueError: fully stochastic with a block larger than the side. (Block-stochastic blocks are clipped to it.)
@@ -112,7 +115,7 @@ def partition_side(variant: Variant, block_size: int | float, dim: int, groups: 
     if block_size > size:
         part = "side" if groups == 1 else "group"
         raise ValueError(f"block_size={block_size} is larger than a {part} of {size} features")
-    return BlockPartition(dim, block_size, block_size, groups)
+    return BlockPartition(dim, groups * block_size, block_size, groups)
 
 
 def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: SideName, num_reinits: int) -> Tensor:
@@ -127,9 +130,9 @@ def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: 
     text = f"poet/{seed}/{module_name}/{side}/{num_reinits}"
     keys = np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * partition.dim), dtype="<u8")
     order = np.argsort(keys, kind="stable")
-    # Group by group, first the one of the first feature.
-    group = order // (partition.dim // partition.groups)
-    order = order[np.argsort((group - group[0]) % partition.groups, kind="stable")][: partition.num_rotated]
+    # Group by group, and of each the first ones.
+    order = order[np.argsort(order // (partition.dim // partition.groups), kind="stable")]
+    order = order.reshape(partition.groups, -1)[:, : partition.num_rotated // partition.groups].reshape(-1)
     if partition.num_rotated < partition.dim:
         order = np.sort(order)
     return torch.from_numpy(order.astype(np.int32))

@@ -163,10 +163,10 @@ def rotated_weight(weight: Tensor, R: Sequence[Side], P: Sequence[Side], identit
     For layers that do more with their weight than `W x`.
 
     Args:
-        weight: (out, in), frozen.
+        weight: (out, in), or a stack (num_experts, out, in); frozen.
         identity: whether all sides are known to be the identity.
     """
-    if _forced_path == "reference" or len(R) > 1 or len(P) > 1:
+    if _forced_path == "reference" or len(R) > 1 or len(P) > 1 or weight.dim() == 3:
         exact = weight if weight.dtype == torch.float64 else weight.float()
         pairs = ([(side.index, side.deltas()) for side in sides] for sides in (R, P))
         return reference.effective_weight(exact, *pairs).to(weight.dtype)

@@ -42,14 +42,24 @@ def rotate(x: Tensor, rotation: RotationTensors, transpose: bool = False) -> Ten
 def effective_weight(weight: Tensor, R: Sequence[RotationTensors], P: Sequence[RotationTensors]) -> Tensor:
     """`R_n ... R_1 W P_1 ... P_n`, shape (out, in): one adapter's rotations after the other's, first innermost.
 
-    In the dtype of the weight, whatever autocast says.
+    In the dtype of the weight, whatever autocast says. A stack of weights (num_experts, out, in) has the features of
+    all experts in one row: feature i of expert e is feature `e * out + i` of R, and likewise for P.
     """
     with torch.autocast(device_type=weight.device.type, enabled=False):
         for rotation in P:
-            weight = rotate(weight, rotation, transpose=True)
+            weight = _from_rows(rotate(_to_rows(weight), rotation, transpose=True), weight)
         for rotation in R:
-            weight = rotate(weight.mT, rotation).mT
+            weight = _from_rows(rotate(_to_rows(weight.mT), rotation), weight.mT).mT
     return weight
+
+
+def _to_rows(weight: Tensor) -> Tensor:
+    """(num_experts, m, n) -> (m, num_experts * n)."""
+    return weight.transpose(0, 1).flatten(1) if weight.dim() == 3 else weight
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.unflatten(1, (like.shape[0], -1)).transpose(0, 1) if like.dim() == 3 else rows
 
 
 def poet_linear(

@@ -32,42 +32,62 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class PlainWeight(BaseWeight):
-    """The parameter `weight` of the layer."""
+    """One parameter of the layer.
+
+    Args:
+        name: its name in the layer.
+    """
+
+    def __init__(self, layer: nn.Module, name: str = "weight") -> None:
+        super().__init__(layer)
+        self.name = name
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.layer, self.name)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the shape of the parameter as (out, in)."""
+        return weight_as_matrix(self.layer, weight)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape of the parameter."""
+        return matrix_as_weight(self.layer, matrix)
 
     def parts(self) -> dict[str, Tensor]:
-        return {"weight": self.layer.weight}
+        return {self.name: self.parameter}
 
     def write_parts(self, parts: dict[str, Tensor]) -> None:
-        write(self.layer.weight, parts["weight"])
+        write(self.parameter, parts[self.name])
 
     def read(self) -> Tensor:
-        return at_least_fp32(weight_as_matrix(self.layer, full(self.layer.weight)))
+        return at_least_fp32(self.as_matrix(full(self.parameter)))
 
     def read_exact(self, residual: Tensor | None) -> Tensor:
-        weight = full(self.layer.weight)
+        weight = full(self.parameter)
         if residual is not None and weight.dtype in LOW_PRECISION:
             weight = join(weight, residual)
-        return at_least_fp32(weight_as_matrix(self.layer, weight))
+        return at_least_fp32(self.as_matrix(weight))
 
     @torch.no_grad()
     def write(self, matrix: Tensor, residual: Tensor | None = None) -> None:
-        weight = matrix_as_weight(self.layer, matrix)
-        write(self.layer.weight, weight)
+        weight = self.as_weight(matrix)
+        write(self.parameter, weight)
         if residual is not None and self.range_dtype in LOW_PRECISION:
             residual.copy_(split(weight, self.range_dtype)[1])
 
     @torch.no_grad()
     def change(self, change: Callable[[Tensor], None], residual: Tensor | None = None) -> None:
-        weight = self.layer.weight
+        weight = self.parameter
         is_view = weight.is_contiguous()  # not where channels come last
         if isinstance(weight, DTensor) or weight.dtype in LOW_PRECISION or not is_view:
             super().change(change, residual)
         else:
-            change(weight_as_matrix(self.layer))
+            change(self.as_matrix(weight))
 
     @property
     def range_dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
+        return self.parameter.dtype
 
     def check_readable(self, name: str) -> None:
         if is_plain(self.layer):

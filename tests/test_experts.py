@@ -1,0 +1,421 @@
+"""Stacked weights of experts, by `target_parameters`: every expert is rotated by itself."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from cases import randomize, relative_error
+from models import assert_same_state, logits, state, tokens
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from poet_peft import POETConfig, RotationMuon, fold, merge_and_reinitialize, poet_param_groups
+from poet_peft.experts import ParamWrapper
+from poet_peft.layer import poet_layers
+
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "head_dim": 8,
+}
+FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MODELS = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", FOUR),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    ),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "head_dim": 4,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", FOUR),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 24,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+for_every_model = pytest.mark.parametrize("name", MODELS)
+for_both_variants = pytest.mark.parametrize("variant", ["block_stochastic", "fully_stochastic"])
+
+
+def moe(name, dtype=torch.float32, **overrides):
+    cls, config_cls, settings = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_cls)(**{**SIZES, **settings, **overrides})
+    model = getattr(transformers, cls)(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if ".experts." in parameter_name:  # some are made without values
+                parameter.copy_(torch.randn(parameter.shape) / 4)
+    return model.to(dtype).eval()
+
+
+def config(**overrides):
+    settings = {"target_modules": [], "target_parameters": EXPERTS, "block_size": 4}
+    return POETConfig(**{**settings, **overrides})
+
+
+def rotated(name, theta=0.4, dtype=torch.float32, **overrides):
+    model = get_peft_model(moe(name, dtype), config(**overrides))
+    randomize(model, theta)
+    return model
+
+
+def train(model, optimizer, seeds):
+    for seed in seeds:
+        input_ids = tokens(seed=seed)
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def optimizer_of(model, muon=False):
+    if muon:
+        return RotationMuon(poet_param_groups(model, lr=1e-2, angle=0.05))
+    return torch.optim.AdamW(poet_param_groups(model, lr=1e-2, poet_lr=2e-2))
+
+
+def dense_rotation(layer, side, dim):
+    """`R_e` or `P_e` of all experts in float64, (num_experts, dim, dim), entry by entry from the definition."""
+    rotation = getattr(layer, f"poet_{side}")["default"]
+    num_experts = rotation.partition.groups
+    features, parameters = rotation.index.tolist(), iter(rotation.weight.detach().double().tolist())
+    dense = torch.eye(dim, dtype=torch.float64).repeat(num_experts, 1, 1)
+    b = rotation.partition.block_size
+    for block in (features[start : start + b] for start in range(0, len(features), b)):
+        experts = {feature // dim for feature in block}
+        assert len(experts) == 1
+        Q = torch.zeros(b, b, dtype=torch.float64)
+        for i in range(b):
+            for j in range(i + 1, b):
+                Q[i, j] = next(parameters)
+                Q[j, i] = -Q[i, j]
+        identity = torch.eye(b, dtype=torch.float64)
+        G = (identity + Q) @ torch.linalg.inv(identity - Q)
+        rows = torch.tensor([feature % dim for feature in block])
+        dense[experts.pop(), rows[:, None], rows] = G
+    assert next(parameters, None) is None
+    return dense
+
+
+def stack(layer):
+    """(num_experts, out, in) in float64."""
+    weight = layer.base_parameter.detach().double()
+    return weight.mT if layer.base_weight.is_transposed else weight
+
+
+def dense_weight(layer):
+    W = stack(layer)
+    return dense_rotation(layer, "R", W.shape[1]) @ W @ dense_rotation(layer, "P", W.shape[2])
+
+
+def num_stacks(name):
+    return 2 if name == "deepseek_v3" else 4  # whose first layer is dense
+
+
+@for_every_model
+def test_untrained_adapter_does_not_change_a_bit(name):
+    base = moe(name)
+    expected = logits(base)
+    model = get_peft_model(base, config())
+    assert len(list(poet_layers(model))) == num_stacks(name)
+    assert torch.equal(logits(model), expected)
+
+
+@for_every_model
+@for_both_variants
+def test_merged_weight_is_every_experts_own_rotation(name, variant):
+    model = rotated(name, variant=variant)
+    expected = {layer.module_name: dense_weight(layer) for _, layer in poet_layers(model)}
+    model.merge_adapter()
+    for _, layer in poet_layers(model):
+        assert relative_error(stack(layer), expected[layer.module_name]) < 2e-6
+        assert relative_error(stack(layer), stack_of(moe(name), layer)) > 0.1
+
+
+def stack_of(base, layer):
+    weight = base.get_parameter(layer.module_name).detach().double()
+    return weight.mT if layer.base_weight.is_transposed else weight
+
+
+@for_every_model
+def test_forward_is_that_of_the_merged_model(name):
+    model = rotated(name)
+    expected = logits(model)
+    assert relative_error(logits(moe(name)), expected) > 1e-3
+    model.merge_adapter()
+    assert relative_error(logits(model), expected) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
+@for_every_model
+def test_merge_keeps_the_spectrum_of_every_expert(name):
+    model = rotated(name)
+    before = {layer.module_name: torch.linalg.svdvals(stack(layer)) for _, layer in poet_layers(model)}
+    model.merge_adapter()
+    for _, layer in poet_layers(model):
+        torch.testing.assert_close(torch.linalg.svdvals(stack(layer)), before[layer.module_name], rtol=1e-5, atol=1e-6)
+
+
+@for_every_model
+def test_every_rotation_gets_a_gradient_and_nothing_else_does(name):
+    model = rotated(name, theta=0.1)
+    input_ids = tokens()
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    rotations = [rotation.weight for _, layer in poet_layers(model) for rotation in layer.rotations("default")]
+    assert all(weight.grad.any() for weight in rotations)
+    reached = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert len(reached) == len(rotations)
+
+
+def route():
+    """Arguments of a mixture's experts: five tokens, their two experts each, and the weights of these."""
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    return hidden, torch.tensor([[0, 2], [1, 2], [3, 0], [2, 1], [0, 3]]), torch.full((5, 2), 0.5)
+
+
+def test_gradients_are_the_finite_differences():
+    model = rotated("mixtral", theta=0.2).double()
+    model.base_model.model.set_experts_implementation("eager")  # another has no float64
+    _, layer = next(poet_layers(model))
+    names = [name for name, _ in layer.named_parameters() if ".default.weight" in name]
+    assert len(names) == 4  # of both of its parameters
+    hidden, experts, weights = route()
+
+    def forward(*values):
+        arguments = (hidden.double(), experts, weights.double())
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), arguments)
+
+    leaves = [layer.get_parameter(name).detach().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(forward, leaves, fast_mode=True)
+
+
+def test_experts_without_tokens_get_no_gradient():
+    model = rotated("mixtral", theta=0.1)
+    _, layer = next(poet_layers(model))
+    hidden, _, weights = route()
+    layer(hidden, torch.tensor([[0, 2]]).expand(5, 2), weights).square().sum().backward()
+    for rotation in layer.rotations("default"):
+        by_expert = rotation.weight.grad.view(4, -1).abs().amax(1) > 0
+        assert by_expert.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+def test_every_implementation_of_the_experts_computes_the_same(name, implementation):
+    model = rotated(name)
+    model.base_model.model.set_experts_implementation("eager")
+    expected = logits(model)
+    model.base_model.model.set_experts_implementation(implementation)
+    assert relative_error(logits(model), expected) < 1e-5
+
+
+REGIMES = {
+    "adapter": {},
+    "folds": {"merge_interval": 2},
+    "fold-every-step": {"merge_interval": 1, "reinit_interval": 0},
+    "fully-stochastic-folds": {"merge_interval": 2, "variant": "fully_stochastic", "block_size": 0.5},
+    "bf16-folds": {"merge_interval": 2, "dtype": torch.bfloat16},
+    "rest": {"merge_interval": 2, "train_rest": True},
+}
+CASES = [("mixtral", regime) for regime in REGIMES] + [
+    ("gpt_oss", "folds"),
+    ("gpt_oss", "fold-every-step"),
+    ("llama4", "folds"),
+]
+for_every_regime = pytest.mark.parametrize(("name", "regime"), CASES)
+
+
+def trained(name, regime, num_steps=4):
+    model = rotated(name, theta=0.0, **REGIMES[regime])
+    train(model, optimizer_of(model, muon=regime == "fold-every-step"), range(num_steps))
+    return model
+
+
+@for_every_regime
+def test_trained_adapter_is_saved_loaded_and_merged(name, regime, tmp_path):
+    model = trained(name, regime)
+    dtype = REGIMES[regime].get("dtype", torch.float32)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(moe(name, dtype), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert relative_error(logits(moe(name, dtype)), logits(model)) > 1e-4
+
+    plain = loaded.merge_and_unload()
+    assert [type(m) for m in plain.modules()] == [type(m) for m in moe(name).modules()]
+    plain.save_pretrained(tmp_path / "merged")
+    again = type(plain).from_pretrained(tmp_path / "merged", dtype=dtype)
+    assert relative_error(logits(again), logits(model)) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@for_every_regime
+def test_training_keeps_the_spectrum_of_every_expert(name, regime):
+    model = trained(name, regime)
+    model.merge_adapter()
+    tolerance = 4e-3 if "bf16" in regime else 1e-5
+    for _, layer in poet_layers(model):
+        before = torch.linalg.svdvals(stack_of(moe(name), layer))
+        assert ((torch.linalg.svdvals(stack(layer)) - before).abs() <= tolerance * before.amax()).all()
+
+
+@pytest.mark.parametrize("regime", ["adapter", "folds", "fold-every-step"])
+def test_resumed_run_ends_as_the_uninterrupted_one(regime, tmp_path):
+    model = rotated("mixtral", theta=0.0, **REGIMES[regime])
+    optimizer = optimizer_of(model, muon=regime == "fold-every-step")
+    train(model, optimizer, range(3))
+    model.save_pretrained(tmp_path)
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(3, 6))
+
+    resumed = PeftModel.from_pretrained(moe("mixtral"), tmp_path, is_trainable=True)
+    other = optimizer_of(resumed, muon=regime == "fold-every-step")
+    other.load_state_dict(optimizer_state)
+    train(resumed, other, range(3, 6))
+    assert_same_state(state(resumed), state(model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_quick_folds_write_what_measured_folds_write(name, monkeypatch):
+    quick = trained(name, "fold-every-step")
+    monkeypatch.setattr(fold, "is_quick", lambda item: False)
+    measured = trained(name, "fold-every-step")
+    for (_, a), (_, b) in zip(poet_layers(quick), poet_layers(measured), strict=True):
+        assert relative_error(a.base_parameter, b.base_parameter) < 1e-4
+        assert relative_error(a.base_parameter, moe(name).get_parameter(a.module_name)) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_fold_changes_no_output(name):
+    model = rotated(name, merge_interval=10)
+    expected = logits(model)
+    report = merge_and_reinitialize(model)
+    assert report.num_layers == num_stacks(name)
+    assert report.spectral_drift < 1e-5
+    assert relative_error(logits(model), expected) < 1e-5
+
+
+def test_original_model_is_there_after_folds_with_a_copy():
+    model = rotated("mixtral", merge_interval=10, keep_initial_weights=True)
+    merge_and_reinitialize(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(moe("mixtral")))
+    assert torch.equal(logits(model.unload()), logits(moe("mixtral")))
+
+
+def test_second_adapter_composes_and_switches():
+    model = rotated("mixtral")
+    first = logits(model)
+    model.add_adapter("second", config(seed=1, init_weights=False))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert relative_error(logits(model), first) > 1e-3
+    assert len(list(poet_layers(model))) == num_stacks("mixtral")
+
+
+def test_linear_layers_and_experts_together(tmp_path):
+    settings = {"target_modules": ["q_proj", "v_proj"], "init_weights": False}
+    model = get_peft_model(moe("mixtral"), config(**settings))
+    assert {type(layer).__name__ for _, layer in poet_layers(model)} == {"Linear", "ParamWrapper"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(moe("mixtral"), tmp_path)), logits(model))
+
+
+def test_router_is_rotated_where_it_is_named():
+    model = get_peft_model(moe("mixtral"), config(target_parameters=["gate.weight"], init_weights=False))
+    layers = [layer for _, layer in poet_layers(model)]
+    assert len(layers) == 2 and all(isinstance(layer, ParamWrapper) for layer in layers)
+    expected = logits(model)
+    model.merge_adapter()
+    assert relative_error(logits(model), expected) < 1e-5
+
+
+def test_gradient_checkpointing_does_not_change_a_bit_of_the_gradients():
+    gradients = []
+    for checkpoints in (False, True):
+        model = rotated("mixtral", theta=0.1).train()
+        if checkpoints:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        input_ids = tokens()
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# Refusals
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.vector = nn.Parameter(torch.zeros(8))
+        self.inner.stack = nn.Parameter(torch.zeros(3, 8, 8))
+        self.inner.odd = nn.Parameter(torch.zeros(3, 7, 8))
+        self.inner.packed = nn.Parameter(torch.zeros(3, 8, 8, dtype=torch.uint8), requires_grad=False)
+        self.linear = nn.Linear(8, 8)
+        self.other = nn.Module()
+        self.other.tied = self.inner.twin = nn.Parameter(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        ("inner.vector", r"'inner.vector' of shape \(8,\).*Take it out"),
+        ("inner.odd", "'inner.odd': no block of 2 to 4 features divides a group of 7, but 7 does.*block_size_pattern"),
+        ("inner.packed", "'inner.packed' of torch.uint8.*dequantized"),
+        ("linear.weight", "'linear.weight' is the weight of a layer .*target_modules"),
+        ("inner.twin", "'inner.twin': it is shared by .*'other.tied'.*Take it out"),
+        ("inner.missing", "match no parameter: .'inner.missing'"),
+    ],
+)
+def test_parameter_is_refused_by_name_with_a_way_out(target, match):
+    with pytest.raises(ValueError, match=match):
+        get_peft_model(Bare(), config(target_parameters=[target]))
+
+
+def test_drawing_experts_anew_is_refused():
+    with pytest.raises(ValueError, match="base_init='normalized' .*'inner.stack'"):
+        get_peft_model(Bare(), config(target_parameters=["inner.stack"], base_init="normalized", merge_interval=4))
+
+
+def test_memory_efficient_experts_are_refused():
+    with pytest.raises(ValueError, match="memory_efficient=True .*'inner.stack'.*gradient checkpointing"):
+        get_peft_model(Bare(), config(target_parameters=["inner.stack"], memory_efficient=True))
+
+
+def test_one_name_instead_of_a_list_is_refused():
+    with pytest.raises(TypeError, match="target_parameters='experts.down_proj' must be a list"):
+        POETConfig(target_parameters="experts.down_proj")
