@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.report import (
     adapter_sizes,
     breakdown,
+    dial,
     finetune,
     layer,
     model,
@@ -63,6 +64,7 @@ def pages(benchmarks):
             "finetune": finetune.section(),
             "results": pretrain.section(),
             "adapter-sizes": adapter_sizes.section(),
+            "dial": dial.section(),
             "requantization": requantization.section(),
         },
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
