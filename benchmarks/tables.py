@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.report import (
     adapter_sizes,
     breakdown,
+    dial,
     finetune,
     layer,
     model,
@@ -61,6 +62,7 @@ def pages(benchmarks):
         root / "docs" / "results.md": {
             "finetune": finetune.section(),
             "adapter-sizes": adapter_sizes.section(),
+            "dial": dial.section(),
             "requantization": requantization.section(),
         },
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
