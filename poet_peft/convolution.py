@@ -22,7 +22,7 @@ class Convolution(RotatedModule):
     and dilation stay those of the layer, which is called with another weight.
     """
 
-    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _rotated_forward(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         R, P = self.sides(adapters)
         weight = self.base_layer.weight.detach()
         if weight.is_meta and not x.is_meta:

@@ -18,7 +18,7 @@ class Embedding(RotatedModule):
     There is no `P`: it would mix the rows of the vocabulary, and with them the meanings of tokens.
     """
 
-    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _rotated_forward(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         R, _ = self.sides(adapters)
         if is_plain(self.base_layer):
             # Frozen, also where a loader of transformers has made a new parameter of it that is not.

@@ -62,6 +62,8 @@ class ParamWrapper(RotatedModule):
     not rotated. Wrappers of several parameters of a module are nested.
     """
 
+    takes_samples = False
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: POETConfig, module_name: str, parameter_name: str
     ) -> None:
@@ -84,8 +86,8 @@ class ParamWrapper(RotatedModule):
         parameter = getattr(base_layer, self.weight_name)
         return parameter.device, parameter.dtype
 
-    def _rotated_forward(self, *args: Any, **kwargs: Any) -> Any:
-        R, P = self.sides(self._active_here())
+    def _rotated_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        R, P = self.sides(adapters)
         weight = self.base_weight
         if self.weight_name not in weight.layer._parameters:
             raise ValueError(

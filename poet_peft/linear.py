@@ -17,7 +17,7 @@ from .weights.plain import is_plain, weight_as_matrix
 class Linear(RotatedModule):
     """POET around an `nn.Linear` (also quantized) or transformers' `Conv1D`: `y = R W P x + bias`."""
 
-    def _rotated_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _rotated_forward(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         R, P = self.sides(adapters)
         if self.quantization_backend is not None or not is_plain(self.base_layer):
             return self._rotate_around(x, R, P, *args, **kwargs)

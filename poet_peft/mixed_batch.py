@@ -73,6 +73,12 @@ def _check(model: nn.Module, layers: Sequence[POETLayer], adapter_names: Sequenc
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has "
             f"{', '.join(sorted(known))}, and {BASE!r} for samples without an adapter."
         )
+    for layer in layers:
+        if not layer.takes_samples and any(layer.has_adapter(name) for name in adapter_names):
+            raise ValueError(
+                f"Cannot pass `adapter_names`: {layer.module_name!r} is rotated, and gets the tokens of all samples "
+                "together. Run the samples of each adapter in a batch of their own, after set_adapter()."
+            )
     if BASE in adapter_names:
         for layer in layers:
             layer.check_original_available(f"adapter_names with {BASE!r}")
@@ -91,12 +97,12 @@ def _encoder_of(model: nn.Module) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
-def mixed_forward(layer: POETLayer, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+def mixed_forward(layer: POETLayer, adapter_names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a batch: the samples of each adapter together, put back in the order of the batch.
 
     Args:
-        x: the batch, samples first.
         adapter_names: of the samples.
+        x: the batch, samples first.
 
     Raises:
         ValueError: not as many names as samples, or a merged adapter; names the module.
@@ -116,7 +122,7 @@ def mixed_forward(layer: POETLayer, x: Tensor, adapter_names: Sequence[str], *ar
         chosen = [i for i, other in enumerate(adapter_names) if other == name]
         adapters = layer._turned([name])
         if adapters:
-            parts.append(layer._rotated_forward(x[chosen], adapters, *args, **kwargs))
+            parts.append(layer._rotated_forward(adapters, x[chosen], *args, **kwargs))
         else:
             parts.append(layer._original_forward(x[chosen], *args, **kwargs))
         order += chosen
