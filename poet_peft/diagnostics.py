@@ -103,7 +103,7 @@ def rms_angle(Q: Tensor) -> Tensor:
 
 def rotation_trace(delta: Tensor) -> Tensor:
     """`trace(G) / n` of `G = I + delta`: (..., n, n) -> (...). The mean cosine of the angle by which `G` turns a
-    random vector: the vector probing of POET, arXiv 2506.08001, in expectation. 1 is the identity, 0 a random rotation."""
+    random vector: the vector probing of POET, arXiv 2506.08001, in expectation. 1 is the identity, 0 a random turn."""
     return 1 + delta.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
