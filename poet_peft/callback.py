@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .diagnostics import Diagnostics, LayerDiagnostics, append_diagnostics, diagnose, read_diagnostics
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
 from .schedule import take_report
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
+
+
+DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
 
 
 class POETCallback(TrainerCallback):
@@ -28,8 +35,18 @@ class POETCallback(TrainerCallback):
     After a reinitialisation the gradient clip is tightened for `clip_ramp_steps` steps: it starts at
     `max_grad_norm / (clip_ramp_steps + 1)` and grows back linearly. Without a `max_grad_norm` there is no ramp.
 
+    With `diagnostics_every=N`, the model is measured right before the update of every N-th step, so that the rotations
+    are those since the last fold: into the log under `poet/diagnostics/...`, and layer by layer into
+    `poet_diagnostics.jsonl` in the output folder. A resumed run continues the file. A layer that leaves its range is
+    warned of once, by name. Rotations that are folded after every step are the identity then, and have no angle.
+
     Args:
         clip_ramp_steps: optimizer steps with a tightened clip after each reinitialisation; 0 = none.
+        diagnostics_every: optimizer steps between measurements, see `diagnose`; 0 = none.
+        exact_diagnostics: measure with decompositions. Slow.
+        max_angle: radians, warned of above.
+        max_orthogonality_error: warned of above; the largest entry of `|G^T G - I|`.
+        max_drift: warned of above; None = the adapter's own `max_drift`.
 
     Attributes:
         last_report: the `MergeReport` of the latest fold, None before the first.
@@ -40,10 +57,26 @@ class POETCallback(TrainerCallback):
         POETFoldError: at the start of training, if a layer cannot be folded: a second adapter on it, one merged.
     """
 
-    def __init__(self, clip_ramp_steps: int = 10) -> None:
-        if clip_ramp_steps < 0:
-            raise ValueError(f"clip_ramp_steps={clip_ramp_steps} must not be negative.")
+    def __init__(
+        self,
+        clip_ramp_steps: int = 10,
+        diagnostics_every: int = 0,
+        *,
+        exact_diagnostics: bool = False,
+        max_angle: float = math.pi / 2,
+        max_orthogonality_error: float = 0.05,
+        max_drift: float | None = None,
+    ) -> None:
+        for name, value in {"clip_ramp_steps": clip_ramp_steps, "diagnostics_every": diagnostics_every}.items():
+            if value < 0:
+                raise ValueError(f"{name}={value} must not be negative.")
         self.clip_ramp_steps = clip_ramp_steps
+        self.diagnostics_every = diagnostics_every
+        self.exact_diagnostics = exact_diagnostics
+        self.max_angle = max_angle
+        self.max_orthogonality_error = max_orthogonality_error
+        self.max_drift = max_drift
+        self._warned: set[tuple[str, str]] = set()
         self.last_report: MergeReport | None = None
         self._pending: dict[str, float] = {}
         self._merge_interval = 0
@@ -88,8 +121,17 @@ class POETCallback(TrainerCallback):
                     "nothing will be folded. Lower merge_interval, or pass merge_interval=0 for a pure adapter."
                 )
 
+        if self.diagnostics_every and state.is_world_process_zero:
+            _drop_lines_after(Path(args.output_dir) / DIAGNOSTICS_FILE, state.global_step)
+
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         if 0 < state.max_steps <= state.global_step:
             # transformers makes one more step when it resumes a finished run.
@@ -102,6 +144,48 @@ class POETCallback(TrainerCallback):
         fraction = min(self._clip_fraction(layer, adapter) for layer, adapter in _trained_adapters(model))
         if fraction < 1 and args.max_grad_norm:
             clip_grad_norm(model.parameters(), fraction * args.max_grad_norm)
+        step = state.global_step + 1
+        if self.diagnostics_every and step % self.diagnostics_every == 0:
+            self._measure(model, optimizer, args, state, step)
+
+    def _measure(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        args: TrainingArguments,
+        state: TrainerState,
+        step: int,
+    ) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        diagnostics = diagnose(model, exact=self.exact_diagnostics, optimizer=optimizer)
+        if state.is_world_process_zero:
+            append_diagnostics(diagnostics, Path(args.output_dir) / DIAGNOSTICS_FILE, step)
+        self._pending |= {f"poet/diagnostics/{name}": value for name, value in diagnostics.summary().items()}
+        self._warn(model, diagnostics, step)
+
+    def _warn(self, model: nn.Module, diagnostics: Diagnostics, step: int) -> None:
+        own = {
+            (layer.module_name, adapter): config.max_drift
+            for _, layer in poet_layers(model)
+            for adapter, config in layer.poet_config.items()
+        }
+        for layer in diagnostics.layers:
+            drift = own[layer.name, layer.adapter] if self.max_drift is None else self.max_drift
+            for what, value, limit in self._ranges(layer, drift):
+                if value <= limit or (layer.name, what) in self._warned:
+                    continue
+                self._warned.add((layer.name, what))
+                warnings.warn(
+                    f"the {what} of {layer.name!r} is {value:.3g} at step {step}, above {limit:.3g}. Lower the "
+                    "learning rate of the rotations, or shorten merge_interval."
+                )
+
+    def _ranges(self, layer: LayerDiagnostics, max_drift: float) -> list[tuple[str, float, float]]:
+        return [
+            ("spectral drift", layer.spectral_drift, max_drift),
+            *(("angle", side.max_angle, self.max_angle) for side in layer.sides),
+            *(("orthogonality error", s.orthogonality_error, self.max_orthogonality_error) for s in layer.sides),
+        ]
 
     def on_step_end(
         self,
@@ -115,7 +199,7 @@ class POETCallback(TrainerCallback):
         if report is None:
             return
         self.last_report = report
-        self._pending = _as_logs(report)
+        self._pending |= _as_logs(report)
         # Logged with the step itself, unless folds come more often than logs.
         control.should_log |= self._merge_interval >= state.logging_steps
 
@@ -159,3 +243,10 @@ def _as_logs(report: MergeReport) -> dict[str, float]:
         "poet/requantization_error": report.requantization_error,
         "poet/states_reset": report.num_states_reset,
     }
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """A resumed run measures again what a crash left behind its checkpoint."""
+    if path.exists():
+        kept = [line for line in read_diagnostics(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")

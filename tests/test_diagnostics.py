@@ -1,0 +1,118 @@
+"""Measures of rotations and weights, against numpy, and of whole models."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import REGIMES, llama, wrap
+
+from poet_peft import diagnostics as d
+from poet_peft.layer import poet_layers
+from poet_peft.maths.orthogonal import cayley
+
+
+def matrices(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def skew(*shape):
+    A = matrices(*shape)
+    return 0.05 * (A - A.mT)
+
+
+def test_entropy_of_equal_values_is_1_and_of_rank_one_0():
+    s = torch.tensor([[2.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
+    assert d.svd_entropy(s).tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_entropy_agrees_with_numpy():
+    s = np.linalg.svd(matrices(7, 5).numpy(), compute_uv=False)
+    p = s**2 / (s**2).sum()
+    assert float(d.svd_entropy(torch.from_numpy(s))) == pytest.approx(-(p * np.log(p)).sum() / np.log(5))
+
+
+def test_energy_agrees_with_numpy():
+    W = matrices(2, 6, 4)
+    rows = (W / W.norm(dim=-1, keepdim=True)).numpy()
+    pairs = [(i, j) for i in range(6) for j in range(i)]
+    expected = [np.mean([1 / np.linalg.norm(w[i] - w[j]) for i, j in pairs]) for w in rows]
+    assert d.hyperspherical_energy(W).tolist() == pytest.approx(expected)
+
+
+def test_spectral_norm_and_stable_rank_of_a_known_matrix():
+    W = torch.diag(torch.tensor([4.0, 2.0, 2.0], dtype=torch.float64))
+    assert float(d.spectral_norm(W)) == pytest.approx(4.0)
+    assert float(d.stable_rank(W)) == pytest.approx(1.5)
+
+
+def test_spectral_change_of_a_scaled_value():
+    before = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
+    change = d.spectral_change(before, torch.diag(torch.tensor([4.4, 2.0, 1.0])))
+    assert [float(change.largest), float(change.median)] == pytest.approx([0.1, 0.0], abs=1e-6)
+
+
+def test_angles_are_those_of_the_eigenvalues_of_the_rotation():
+    Q = skew(2, 5, 5)
+    phases = np.sort(np.abs(np.angle(np.linalg.eigvals(cayley(Q).numpy()))))[:, ::-1][:, :4:2]
+    np.testing.assert_allclose(d.rotation_angles(Q).numpy(), phases, atol=1e-9)
+
+
+def test_trace_is_that_of_the_rotation():
+    G = cayley(skew(5, 5))
+    assert float(d.rotation_trace(G - torch.eye(5))) == pytest.approx(float(G.trace()) / 5)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_model_is_measured_by_layer_and_side(regime, exact):
+    model = wrap(llama(num_hidden_layers=1), regime)
+    result = d.diagnose(model, exact=exact)
+    names = [layer.module_name for _, layer in poet_layers(model)]
+    assert [layer.name for layer in result.layers] == names
+    assert all([side.side for side in layer.sides] == ["R", "P"] for layer in result.layers)
+    assert all(0 < side.max_angle < math.pi for layer in result.layers for side in layer.sides)
+    json.dumps(result.as_dict(), allow_nan=False)
+
+
+def test_power_iteration_agrees_with_decompositions():
+    model = wrap(llama(num_hidden_layers=1), "exact_cayley")
+    quick, exact = (d.diagnose(model, exact=exact).layers[0].sides[0].max_angle for exact in (False, True))
+    assert quick == pytest.approx(exact, rel=0.05) and quick <= exact * (1 + 1e-5)
+
+
+def test_rotations_that_are_not_finite_become_null():
+    model = wrap(llama(num_hidden_layers=1), "periodic")
+    next(layer for _, layer in poet_layers(model)).poet_R["default"].weight.data[0] = math.nan
+    assert d.diagnose(model, exact=True).as_dict()["summary"]["max_angle"] is None
+
+
+def test_an_unknown_adapter_is_named():
+    with pytest.raises(ValueError, match="'other'"):
+        d.diagnose(wrap(llama(num_hidden_layers=1), "periodic"), "other")
+
+
+def test_a_line_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "poet_diagnostics.jsonl"
+    d.log_diagnostics(wrap(llama(num_hidden_layers=1), "periodic"), path, step=3)
+    with path.open("a") as file:
+        file.write('{"step": 4, "lay')
+    assert [line["step"] for line in d.read_diagnostics(path)] == [3]
+
+
+def test_rms_angle_of_two_known_planes():
+    Q = torch.zeros(4, 4, dtype=torch.float64)
+    Q[0, 1], Q[2, 3] = 0.3, 0.1
+    assert float(d.rms_angle(Q - Q.mT)) == pytest.approx(2 * math.atan(math.sqrt((0.09 + 0.01) / 2)))
+
+
+def test_fully_stochastic_index_sets_cover_the_rows_and_columns_drawn():
+    model = wrap(llama(num_hidden_layers=1), "fully_stochastic")
+    layer = next(layer for _, layer in poet_layers(model))
+    counts = d.update_counts(layer, "default")
+    R, P = (layer.rotations("default")[i].index.long() for i in (0, 1))
+    expected = torch.zeros_like(counts)
+    expected[R] = 1
+    expected[:, P] = 1
+    assert torch.equal(counts, expected)

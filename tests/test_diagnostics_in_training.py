@@ -1,0 +1,72 @@
+"""`POETCallback(diagnostics_every=N)` in runs of transformers' Trainer."""
+
+import pytest
+import torch
+from models import wrap
+from test_trainer import llama, trainer_of
+
+from poet_peft import POETCallback
+from poet_peft.diagnostics import read_diagnostics
+
+
+FILE = "poet_diagnostics.jsonl"
+
+
+def steps_of(folder):
+    return [line["step"] for line in read_diagnostics(folder / FILE)]
+
+
+@pytest.mark.parametrize("regime", ["block_stochastic", "periodic"])
+def test_the_file_and_the_log_hold_every_measurement(regime, tmp_path):
+    trainer = trainer_of(wrap(llama(), regime), tmp_path, POETCallback(diagnostics_every=2), max_steps=5)
+    trainer.train()
+    assert steps_of(tmp_path) == [2, 4]
+    logged = [log["step"] for log in trainer.state.log_history if "poet/diagnostics/max_angle" in log]
+    assert logged == [2, 4]
+
+
+def test_a_fold_does_not_drop_what_was_measured_in_its_step(tmp_path):
+    trainer = trainer_of(wrap(llama(), "periodic"), tmp_path, POETCallback(diagnostics_every=4), max_steps=4)
+    trainer.train()
+    log = trainer.state.log_history[3]
+    assert log["poet/num_reinits"] and log["poet/diagnostics/max_angle"] > 0
+
+
+def test_momentum_is_compared_with_the_gradient(tmp_path):
+    trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=3), max_steps=3).train()
+    assert read_diagnostics(tmp_path / FILE)[0]["summary"]["momentum_cosine"] is not None
+
+
+def test_a_resumed_run_continues_the_file(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=1), **settings).train()
+    resumed = trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 6]
+
+
+def test_a_new_run_begins_the_file_anew(tmp_path):
+    for _ in range(2):
+        trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), max_steps=2).train()
+    assert steps_of(tmp_path) == [2]
+
+
+def test_a_layer_out_of_range_is_named_once(tmp_path):
+    callback = POETCallback(diagnostics_every=1, max_angle=1e-6)
+    with pytest.warns(UserWarning, match=r"the angle of '.*q_proj'") as caught:
+        trainer_of(wrap(llama()), tmp_path, callback, max_steps=2).train()
+    assert sum("the angle of" in str(w.message) and "q_proj" in str(w.message) for w in caught) == 1
+
+
+def test_measuring_changes_no_bit_of_the_training(tmp_path):
+    weights = []
+    for every in (0, 1):
+        model = wrap(llama(), "periodic")
+        trainer_of(model, tmp_path / str(every), POETCallback(diagnostics_every=every), max_steps=5).train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_negative_interval_is_refused():
+    with pytest.raises(ValueError, match="diagnostics_every=-1"):
+        POETCallback(diagnostics_every=-1)
