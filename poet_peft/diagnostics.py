@@ -149,7 +149,8 @@ class SideDiagnostics:
 
 @dataclass(frozen=True)
 class LayerDiagnostics:
-    """One adapter of one layer. Measures of the weight are of `R W P`.
+    """One adapter of one layer. Measures of the weight are of `R W P`; of experts the largest norm and change of any,
+    and the mean of the rest.
 
     Attributes:
         spectral_drift: bound on the relative change of any singular value by the rotations, see `MergeReport`.
@@ -288,24 +289,24 @@ def _diagnose_layer(
     W = before if layer.merged else rotate_weight(before, *layer.sides([adapter]))
     usable = bool(torch.isfinite(W).all())
     norm = torch.linalg.matrix_norm(W, 2) if exact and usable else spectral_norm(W)
-    rows = W if exact else W[:: max(1, -(-len(W) // _NUM_ENERGY_ROWS))]
+    rows = W if exact else W[..., :: max(1, -(-W.shape[-2] // _NUM_ENERGY_ROWS)), :]
     extra = {}
     if exact and usable:
         change = None if layer.merged else spectral_change(before, W)
         extra = {
-            "entropy": float(svd_entropy(torch.linalg.svdvals(W))),
-            "largest_change": None if change is None else float(change.largest),
-            "median_change": None if change is None else float(change.median),
-            "coverage": float((update_counts(layer, adapter) > 0).float().mean()),
+            "entropy": float(svd_entropy(torch.linalg.svdvals(W)).mean()),
+            "largest_change": None if change is None else float(change.largest.max()),
+            "median_change": None if change is None else float(change.median.mean()),
+            "coverage": float((update_counts(layer, adapter) > 0).float().mean()) if W.dim() == 2 else None,
         }
     return LayerDiagnostics(
         layer.module_name,
         adapter,
         sides,
         spectral_drift=_largest([1 - smallest, largest - 1]),
-        spectral_norm=float(norm),
-        stable_rank=float(stable_rank(W, norm)),
-        energy=float(hyperspherical_energy(rows)),
+        spectral_norm=float(norm.max()),
+        stable_rank=float(stable_rank(W, norm).mean()),
+        energy=float(hyperspherical_energy(rows).mean()),
         mean_row_rms=float(row_rms(W).mean()),
         **extra,
     )

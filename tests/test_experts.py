@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from poet_peft import POETConfig, RotationMuon, fold, merge_and_reinitialize, poet_param_groups
+from poet_peft.diagnostics import diagnose
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
 
@@ -419,3 +420,34 @@ def test_memory_efficient_experts_are_refused():
 def test_one_name_instead_of_a_list_is_refused():
     with pytest.raises(TypeError, match="target_parameters='experts.down_proj' must be a list"):
         POETConfig(target_parameters="experts.down_proj")
+
+
+# What other parts of the package make of experts
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_experts_are_measured(exact):
+    diagnostics = diagnose(rotated("mixtral"), exact=exact)
+    assert len(diagnostics.layers) == 4
+    assert all(layer.stable_rank > 1 and layer.spectral_norm > 0 for layer in diagnostics.layers)
+
+
+def test_adapters_by_sample_are_refused_by_the_name_of_the_experts():
+    with pytest.raises(ValueError, match="experts.*gets the tokens of all samples together"):
+        rotated("mixtral")(input_ids=tokens(2), adapter_names=["default", "__base__"])
+
+
+def test_experts_at_scale_zero_are_the_base_model_bit_for_bit():
+    model = rotated("mixtral")
+    for _, layer in poet_layers(model):
+        layer.set_scale("default", 0)
+    assert torch.equal(logits(model), logits(moe("mixtral")))
+
+
+def test_experts_at_half_the_scale_keep_the_spectrum():
+    model = rotated("mixtral")
+    for _, layer in poet_layers(model):
+        layer.set_scale("default", 0.5)
+        before = torch.linalg.svdvals(stack(layer))
+        layer.merge()
+        torch.testing.assert_close(torch.linalg.svdvals(stack(layer)), before, rtol=1e-5, atol=1e-5)
