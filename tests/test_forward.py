@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    FULLY,
     PLAIN,
     TOLERANCE,
     Case,
