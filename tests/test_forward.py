@@ -4,7 +4,6 @@ import pytest
 import torch
 from cases import (
     CASES,
-    FULLY,
     PLAIN,
     TOLERANCE,
     Case,
