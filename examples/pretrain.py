@@ -35,6 +35,7 @@ class ExampleArguments:
     seq_length: int = 256
     max_eval_sequences: int = 256
     block_size: int = 256
+    merge_interval: int = HfArg(default=1, help="steps between folds; above 1 into new blocks, and AdamW trains them")
     angle: float = HfArg(default=0.02, help="radians by which a step turns the rotations")
 
 
@@ -53,7 +54,8 @@ def main():
             f"pretrain.py: --optim {train_args.optim.value}: this is RotationMuon, with AdamW for the rest"
         )
     try:
-        config = poet_peft.POETConfig.for_pretraining(block_size=args.block_size, seed=train_args.seed)
+        folds = {} if args.merge_interval == 1 else {"merge_interval": args.merge_interval}
+        config = poet_peft.POETConfig.for_pretraining(block_size=args.block_size, seed=train_args.seed, **folds)
         shape = AutoConfig.from_pretrained(args.model_config) if args.model_config else LlamaConfig(**LLAMA)
     except (OSError, ValueError) as error:
         raise SystemExit(f"pretrain.py: {error}") from None

@@ -831,10 +831,9 @@ def test_model_with_layers_of_other_kinds_unloads():
     assert_same_state(wrap(Mixed(), **MIXED).unload().state_dict(), Mixed().state_dict())
 
 
-@pytest.mark.parametrize("name", ["embedding", "convolution", "norm"])
-def test_targeting_a_layer_of_another_kind_is_refused(name):
-    with pytest.raises(TypeError, match=name):
-        wrap(Mixed(), block_size=8, target_modules=["linear", name])
+def test_targeting_a_layer_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="norm"):
+        wrap(Mixed(), block_size=8, target_modules=["linear", "norm"])
 
 
 @each_regime
