@@ -39,7 +39,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_contains_the_package_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "poet_peft").rglob("*.py")}
-    data = {"poet_peft/model_card_template.md", "poet_peft/py.typed"}
+    data = {"poet_peft/model_card_template.md", "poet_peft/py.typed", "poet_peft/report/page.html"}
     info = f"poet_peft-{poet_peft.__version__}.dist-info/"
     metadata = {info + name for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     assert set(zipfile.ZipFile(wheel).namelist()) == modules | data | metadata
