@@ -50,9 +50,7 @@ def main():
     if train_args.push_to_hub and train_args.hub_strategy != "end":
         raise SystemExit(f"pretrain.py: --hub_strategy {train_args.hub_strategy.value} would upload adapters: use end")
     if train_args.optim != parser.get_default("optim"):
-        raise SystemExit(
-            f"pretrain.py: --optim {train_args.optim.value}: this is RotationMuon, with AdamW for the rest"
-        )
+        raise SystemExit(f"pretrain.py: --optim {train_args.optim.value}: this trains with RotationMuon")
     try:
         folds = {} if args.merge_interval == 1 else {"merge_interval": args.merge_interval}
         config = poet_peft.POETConfig.for_pretraining(block_size=args.block_size, seed=train_args.seed, **folds)
