@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layer import RotatedModule
 from .ops.paths import rotated_weight
-from .ops.sides import Side, identity_check
+from .ops.sides import Side, with_identity_check
 from .weights.plain import is_plain, weight_as_matrix
 
 
@@ -44,8 +44,8 @@ class Convolution(RotatedModule):
             y = checkpoint(forward, x, use_reentrant=False, preserve_rng_state=False)
         else:
             y = forward(x)
-        if identity and torch.compiler.is_compiling():
-            y = y + sum(identity_check(side) for side in (*R, *P)).to(y.dtype)
+        if identity:
+            y = with_identity_check(y, (*R, *P))
         return y if autocasts else y.to(dtype)
 
     def _convolve(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .layer import RotatedModule
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
-from .ops.sides import Side, identity_check
+from .ops.sides import Side, with_identity_check
 from .weights.plain import is_plain, weight_as_matrix
 
 
@@ -31,8 +31,8 @@ class Linear(RotatedModule):
         identity = self._is_at_identity(adapters, [*R, *P])
         path = choose_path(x, weight, R, P, memory_efficient, identity)
         y = poet_linear(x, weight, bias, R, P, path, memory_efficient, identity)
-        if identity and torch.compiler.is_compiling():
-            y = y + sum(identity_check(side) for side in (*R, *P)).to(y.dtype)
+        if identity:
+            y = with_identity_check(y, (*R, *P))
         return y if autocasts else y.to(dtype)
 
     def _rotate_around(self, x: Tensor, R: list[Side], P: list[Side], *args: Any, **kwargs: Any) -> Tensor:

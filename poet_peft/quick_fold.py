@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .errors import POETFoldError
-from .maths.blocks import SideName, block_slices
+from .maths.blocks import MOST_ENTRIES, SideName, block_slices
 from .maths.orthogonal import OrthogonalMap, skew, small_rotation_delta
 from .rotation import Rotation
+from .weights.residual import at_least_fp32
 from .weights.sharded import full
 
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 MEASURED_EVERY = 100
 
-# Entries of a batch of blocks: larger ones gain nothing, and several of them are alive at once.
-_MOST_ENTRIES = 2**23
 _BLOWN_UP = 1e6
 # Bound of how far from orthogonal a block may be: three roundings of the fp32 weight that it is folded into at worst,
 # and far less of it on average.
@@ -89,7 +88,7 @@ def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
     """`G - I` of the blocks to fold, computed in batches of blocks of one size."""
     parts: dict[tuple[int, OrthogonalMap, torch.device, torch.dtype], list[tuple[Rotation, Tensor]]] = {}
     for rotation, upper in moved.items():
-        upper = upper if upper.dtype == torch.float64 else upper.float()
+        upper = at_least_fp32(upper)
         for triangles, size in rotation.partition.split(upper):
             key = (size, rotation.orthogonal_map, upper.device, upper.dtype)
             parts.setdefault(key, []).append((rotation, triangles))
@@ -115,7 +114,7 @@ def _batches(parts: Sequence[tuple[Rotation, Tensor]], size: int) -> Iterator[li
     batch: list[tuple[Rotation, Tensor]] = []
     num_entries = 0
     for part in parts:
-        if batch and num_entries + len(part[1]) * size**2 > _MOST_ENTRIES:
+        if batch and num_entries + len(part[1]) * size**2 > MOST_ENTRIES:
             yield batch
             batch, num_entries = [], 0
         batch.append(part)

@@ -10,16 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .maths.blocks import BlockPartition, SideName
+from .maths.blocks import MOST_ENTRIES, BlockPartition, SideName
 from .maths.newton_schulz import orthogonalize
 from .maths.orthogonal import skew, upper_triangle
+from .weights.residual import at_least_fp32
 from .weights.sharded import full, mesh_of, spread_like
 
 
 _FOLDED_EVERY_STEP = {"momentum": 0.95, "nesterov": True, "alternate": True}
 _OTHERS = {"momentum": 0.9, "nesterov": False, "alternate": False}
-# Entries of a batch of blocks: larger ones gain nothing, and several of them are alive at once.
-_MOST_ENTRIES = 2**23
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +159,7 @@ class RotationMuon(torch.optim.Optimizer):
     def _turn(self, turns: Sequence[_Turn], num_steps: int) -> None:
         by_kind: dict[_Kind, list[tuple[_Turn, Tensor]]] = {}
         for turn in turns:
-            direction = full(turn.direction)
-            direction = direction if direction.dtype == torch.float64 else direction.float()
+            direction = at_least_fp32(full(turn.direction))
             for triangles, size in turn.partition.split(direction):
                 kind = _Kind(size, direction.device, direction.dtype, self._group_of(turn.parameter))
                 by_kind.setdefault(kind, []).append((turn, triangles))
@@ -211,7 +209,7 @@ def _orthogonalized(directions: Tensor, kind: _Kind, num_steps: int) -> Tensor:
         rank, num_processes = dist.get_rank(kind.group), dist.get_world_size(kind.group)
         first, last = (len(directions) * r // num_processes for r in (rank, rank + 1))
     result = torch.zeros_like(directions)
-    batch_size = max(1, _MOST_ENTRIES // kind.size**2)
+    batch_size = max(1, MOST_ENTRIES // kind.size**2)
     for start in range(first, last, batch_size):
         batch = slice(start, min(start + batch_size, last))
         Q = skew(directions[batch], kind.size)

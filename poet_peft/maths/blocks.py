@@ -30,6 +30,9 @@ VARIANTS = ("block_stochastic", "fully_stochastic")
 Variant = Literal["block_stochastic", "fully_stochastic"]
 SideName = Literal["R", "P"]
 
+# Entries of a batch of blocks: larger ones gain nothing, and several of them are alive at once.
+MOST_ENTRIES = 2**23
+
 
 @dataclass(frozen=True)
 class BlockPartition:

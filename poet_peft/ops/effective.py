@@ -49,6 +49,16 @@ class _Plan:
     identity: bool
 
 
+def _planned(
+    R: Side | None, P: Side | None, *, tangent: bool, memory_efficient: bool, identity: bool
+) -> tuple[tuple[Tensor | None, ...], _Plan]:
+    """The tensors of both sides, `upper_R, index_R, upper_P, index_P`, and the plan that has the rest of them."""
+    index_R, upper_R, *settings_R = R or (None,) * 5
+    index_P, upper_P, *settings_P = P or (None,) * 5
+    plan = _Plan(*settings_R, *settings_P, tangent, memory_efficient, identity)
+    return (upper_R, index_R, upper_P, index_P), plan
+
+
 def _blocks(plan: _Plan, tensors: Sequence[Tensor | None]) -> tuple[SideBlocks | None, SideBlocks | None]:
     """Both sides' blocks, from `(upper_R, index_R, upper_P, index_P)`."""
     upper_R, index_R, upper_P, index_P = tensors
@@ -82,10 +92,8 @@ def effective_linear(
         memory_efficient: keep no second copy of the weight between forward and backward, but build it twice.
         identity: both sides are known to be the identity.
     """
-    index_R, upper_R, *settings_R = R or (None,) * 5
-    index_P, upper_P, *settings_P = P or (None,) * 5
-    plan = _Plan(*settings_R, *settings_P, tangent, memory_efficient, identity)
-    return _EffectiveLinear.apply(x, weight, bias, upper_R, index_R, upper_P, index_P, plan)
+    tensors, plan = _planned(R, P, tangent=tangent, memory_efficient=memory_efficient, identity=identity)
+    return _EffectiveLinear.apply(x, weight, bias, *tensors, plan)
 
 
 class _EffectiveLinear(torch.autograd.Function):
@@ -153,8 +161,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         blocks_R = _tangent_R(tokens_y, _flat(y), R) if needs_R else None
         blocks_P = _tangent_P(_flat(grad_x), tokens_x, P) if needs_P else None
     elif needs_R or needs_P:
-        gradients = _weight_centric_at_identity if ctx.plan.identity else _weight_centric
-        blocks_R, blocks_P = gradients(tokens_y.mT @ tokens_x, weight, R, P)
+        blocks_R, blocks_P = _weight_centric(tokens_y.mT @ tokens_x, weight, R, P)
     if needs_R:
         grad_R = R.vjp(ctx.plan.map_R, blocks_R).to(tensors[0].dtype)
     if needs_P:
@@ -170,10 +177,8 @@ def rotated_weight(weight: Tensor, R: Side | None, P: Side | None, identity: boo
     Args:
         identity: both sides are known to be the identity.
     """
-    index_R, upper_R, *settings_R = R or (None,) * 5
-    index_P, upper_P, *settings_P = P or (None,) * 5
-    plan = _Plan(*settings_R, *settings_P, tangent=False, memory_efficient=False, identity=identity)
-    return _RotatedWeight.apply(weight, upper_R, index_R, upper_P, index_P, plan)
+    tensors, plan = _planned(R, P, tangent=False, memory_efficient=False, identity=identity)
+    return _RotatedWeight.apply(weight, *tensors, plan)
 
 
 class _RotatedWeight(torch.autograd.Function):
@@ -200,8 +205,7 @@ class _RotatedWeight(torch.autograd.Function):
         _, needs_R, _, needs_P = ctx.needs_input_grad[:4]
         with torch.autocast(device_type=grad.device.type, enabled=False):
             R, P = _blocks(ctx.plan, tensors)
-            gradients = _weight_centric_at_identity if ctx.plan.identity else _weight_centric
-            blocks_R, blocks_P = gradients(grad, weight, R, P)
+            blocks_R, blocks_P = _weight_centric(grad, weight, R, P)
             grad_R = R.vjp(ctx.plan.map_R, blocks_R).to(tensors[0].dtype) if needs_R else None
             grad_P = P.vjp(ctx.plan.map_P, blocks_P).to(tensors[2].dtype) if needs_P else None
         return None, grad_R, None, grad_P, None, None
@@ -304,6 +308,8 @@ def block_outer_products(a: Tensor, b: Tensor, side: SideBlocks) -> list[Tensor]
 def _weight_centric(
     D: Tensor, weight: Tensor, R: SideBlocks | None, P: SideBlocks | None
 ) -> tuple[list[Tensor], list[Tensor]]:
+    if (R or P).Q is None:
+        return _weight_centric_at_identity(D, weight, R, P)
     deltas_R, deltas_P = (side.deltas if side else [] for side in (R, P))
     dtype = (*deltas_R, *deltas_P)[0].dtype
     A = to_block_order(weight, R, P).to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +88,11 @@ class Side(NamedTuple):
         return blocks._replace(inverses=None if any(inverse is None for inverse in inverses) else inverses)
 
 
-def identity_check(side: Side) -> Tensor:
-    """Zero, for a compiled graph that takes a side for the identity to add to its output: it fails where that is not
-    so."""
-    return _identity_check(side.upper.detach())
+def with_identity_check(y: Tensor, sides: Iterable[Side]) -> Tensor:
+    """`y`, of a compiled graph that takes sides for the identity: running it fails where one is not."""
+    if not torch.compiler.is_compiling():
+        return y
+    return y + sum(_identity_check(side.upper.detach()) for side in sides).to(y.dtype)
 
 
 # torch.compile cannot branch on values: it sees one operator, and would drop one whose result nobody needs.
