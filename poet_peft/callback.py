@@ -12,14 +12,18 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .diagnostics import Diagnostics, LayerDiagnostics, append_diagnostics, diagnose, read_diagnostics
+from .diagnostics import (
+    DIAGNOSTICS_FILE,
+    Diagnostics,
+    LayerDiagnostics,
+    append_diagnostics,
+    diagnose,
+    read_diagnostics,
+)
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
 from .schedule import take_report
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
-
-
-DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
 
 
 class POETCallback(TrainerCallback):

@@ -20,6 +20,8 @@ from .rotation import Rotation
 from .weights.sharded import full
 
 
+DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
+
 _NUM_ENERGY_ROWS = 256
 _NUM_ITERATIONS = 16
 
@@ -36,8 +38,11 @@ class SpectralChange(NamedTuple):
 
 def spectral_change(before: Tensor, after: Tensor) -> SpectralChange:
     """`|s'_i - s_i| / s_i` of the sorted singular values of two matrices (..., m, n). Two decompositions."""
-    s = torch.linalg.svdvals(before)
-    change = (torch.linalg.svdvals(after) - s).abs() / s.clamp_min(torch.finfo(s.dtype).tiny)
+    return _change_of_values(torch.linalg.svdvals(before), torch.linalg.svdvals(after))
+
+
+def _change_of_values(before: Tensor, after: Tensor) -> SpectralChange:
+    change = (after - before).abs() / before.clamp_min(torch.finfo(before.dtype).tiny)
     return SpectralChange(change.amax(-1), change.quantile(0.5, dim=-1))
 
 
@@ -66,11 +71,7 @@ def hyperspherical_energy(W: Tensor) -> Tensor:
 
 def spectral_norm(W: Tensor, num_iterations: int = _NUM_ITERATIONS) -> Tensor:
     """An estimate from below of the largest singular value: (..., m, n) -> (...). Power iteration, fixed start."""
-    n = W.shape[-1]
-    v = torch.cos(torch.arange(1, n + 1, device=W.device, dtype=W.dtype) ** 2).expand(*W.shape[:-2], n).unsqueeze(-1)
-    for _ in range(num_iterations):
-        v = nn.functional.normalize(W.mT @ (W @ v), dim=-2)
-    return torch.linalg.vector_norm(W @ v, dim=(-2, -1))
+    return skew_norm(W, num_iterations + 1)  # which iterates on `W^T W`, whatever W is
 
 
 def stable_rank(W: Tensor, norm: Tensor | None = None) -> Tensor:
@@ -287,14 +288,14 @@ def _diagnose_layer(
         largest *= (1 + spectrum) ** 0.5
     before = layer.base_weight.read_exact(layer.residual)
     W = before if layer.merged else rotate_weight(before, *layer.sides([adapter]))
-    usable = bool(torch.isfinite(W).all())
-    norm = torch.linalg.matrix_norm(W, 2) if exact and usable else spectral_norm(W)
+    s = torch.linalg.svdvals(W) if exact and bool(torch.isfinite(W).all()) else None
+    norm = spectral_norm(W) if s is None else s[..., 0]
     rows = W if exact else W[..., :: max(1, -(-W.shape[-2] // _NUM_ENERGY_ROWS)), :]
     extra = {}
-    if exact and usable:
-        change = None if layer.merged else spectral_change(before, W)
+    if s is not None:
+        change = None if layer.merged else _change_of_values(torch.linalg.svdvals(before), s)
         extra = {
-            "entropy": float(svd_entropy(torch.linalg.svdvals(W)).mean()),
+            "entropy": float(svd_entropy(s).mean()),
             "largest_change": None if change is None else float(change.largest.max()),
             "median_change": None if change is None else float(change.median.mean()),
             "coverage": float((update_counts(layer, adapter) > 0).float().mean()) if W.dim() == 2 else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -70,12 +69,8 @@ def report(
     for run in runs:
         if not run.is_dir():
             raise Refused(f"{run} is no directory: pass the output_dir of a run, or the directory of an adapter.")
-    try:
-        write_report = importlib.import_module("poet_peft.report").write_report
-    except ModuleNotFoundError as error:
-        if error.name != "poet_peft.report":
-            raise
-        raise Refused("this version of poet_peft has no reports.") from None
+    from ..report import write_report
+
     print(write_report(runs, output))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import POETConfig, __version__, hardware, merge_and_reinitialize
 from ..layer import rotate_weight
-from ..ops.paths import compute_path
+from ..ops.paths import PATHS, compute_path
 from ..registration import check_owns_name
 
 
@@ -28,7 +28,6 @@ _DISTRIBUTION = "poet-peft"
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub", "numpy")
 _OPTIONAL = ("trl", "datasets", "bitsandbytes", "torchao", "gguf", "hqq", "triton", "deepspeed")
 _ENGINES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao.quantization", "gguf": "gguf"}
-_PATHS = ("reference", "input_centric", "weight_centric", "tangent")
 _SIZES = (48, 80)
 _BLOCK_SIZE = 16
 
@@ -188,14 +187,14 @@ def _check_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def _self_tests(device: torch.device) -> dict[str, Callable[[], None]]:
     def forward(dtype: torch.dtype, tolerance: float) -> None:
-        for path in _PATHS:
+        for path in PATHS:
             model, x = _rotated(device, dtype), _inputs(device, dtype)
             with compute_path(path):
                 _check_close(model(x), _expected(model, x), tolerance)
 
     def gradient() -> None:
         gradients = []
-        for path in _PATHS:
+        for path in PATHS:
             model = _rotated(device)
             with compute_path(path):
                 model(_inputs(device)).square().sum().backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import POETConfig
 from ..errors import POETCheckpointError
+from ..files.json_object import read_json_object
 from .angles import turn
 from .saved import adapter_directory, check_directory, open_adapter, open_tensors, read_metrics
 
@@ -93,10 +93,10 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
 
 
 def _inspect_model(path: Path) -> dict[str, Any]:
-    config = _read_json(path / "config.json")
+    config = read_json_object(path / "config.json") or {}
     files = sorted(path.glob("*.safetensors"))
     num_parameters, problem = 0, None
-    expected = set(_read_json(path / "model.safetensors.index.json").get("weight_map", {}).values())
+    expected = set((read_json_object(path / "model.safetensors.index.json") or {}).get("weight_map", {}).values())
     missing = sorted(expected - {file.name for file in files})
     if missing or not files:
         problem = f"{path / (missing or ['model.safetensors'])[0]} is missing."
@@ -122,7 +122,7 @@ def _inspect_model(path: Path) -> dict[str, Any]:
 
 def _settings(directory: Path) -> dict[str, Any]:
     try:
-        values = _read_json(directory / CONFIG_NAME)
+        values = read_json_object(directory / CONFIG_NAME) or {}
         config = POETConfig.from_pretrained(str(directory))
     except (TypeError, ValueError):
         return {"base_model": values.get("base_model_name_or_path"), "settings": {}}
@@ -132,7 +132,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 def _training(path: Path) -> dict[str, Any] | None:
     """What Trainer logged: the step, the loss, and what `POETCallback` reported of folds."""
-    state = _read_json(path / _STATE_NAME)
+    state = read_json_object(path / _STATE_NAME) or {}
     log = state.get("log_history")
     if not isinstance(log, list):
         return None
@@ -167,14 +167,6 @@ def _trained_on(directory: Path) -> dict[str, Any] | None:
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     found = {key: data[key] for key in ("datasets", "base_model", "pipeline_tag", "library_name") if data.get(key)}
     return found or None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _size(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..config import POETConfig
 from ..errors import POETCheckpointError
+from ..files.json_object import read_json_object
 from ..files.training_checkpoints import verify_checkpoint
 from ..maths.blocks import BlockPartition, SideName
 from ..state import AdapterState
@@ -196,11 +196,8 @@ def open_tensors(file: Path) -> Iterator[OpenFile]:
 def read_metrics(directory: Path) -> dict[str, Any] | None:
     """What a run wrote about itself, beside an adapter or one level above a checkpoint; None where there is none."""
     for place in (directory, directory.parent):
-        try:
-            values = json.loads((place / METRICS_NAME).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(values, dict):
+        values = read_json_object(place / METRICS_NAME)
+        if values is not None:
             return values
     return None
 

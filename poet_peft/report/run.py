@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..diagnostics import read_diagnostics
+from ..diagnostics import DIAGNOSTICS_FILE, read_diagnostics
+from ..files.json_object import read_json_object
 
 
 _STEP_OF_CHECKPOINT = "checkpoint-"
@@ -66,10 +66,10 @@ def read_run(folder: Path) -> Run:
     run.metrics = _first([folder], "metrics.json") or _first([folder], "all_results.json")
     run.log = [row for row in state.get("log_history", []) if isinstance(row, dict)]
     run.max_steps = int(state.get("max_steps") or 0)
-    run.diagnostics = read_diagnostics(folder / "poet_diagnostics.jsonl")
+    run.diagnostics = read_diagnostics(folder / DIAGNOSTICS_FILE)
     found = {
         "trainer_state.json": state,
-        "poet_diagnostics.jsonl": run.diagnostics,
+        DIAGNOSTICS_FILE: run.diagnostics,
         "adapter_config.json": run.config,
         "metrics.json": run.metrics,
     }
@@ -88,10 +88,7 @@ def _step_of(path: Path) -> int:
 
 def _first(folders: list[Path], name: str) -> dict[str, Any]:
     for folder in folders:
-        try:
-            content = json.loads((folder / name).read_text("utf-8"))
-        except (OSError, ValueError):  # missing, or cut off by a crash
-            continue
-        if isinstance(content, dict):
+        content = read_json_object(folder / name)
+        if content is not None:
             return content
     return {}
