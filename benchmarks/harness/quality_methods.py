@@ -85,15 +85,17 @@ def poet_paper(model, run):
 
 def poet_ortho(model, run):
     model = poet_model(model, run, recipe="ortho")
-    angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}  # else the angle law
-    groups = poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle, **options(run, "groups"))
-    return model, [RotationMuon(groups, betas=run.betas, **options(run, "optimizer"))]
+    return model, [RotationMuon(ortho_groups(model, run), betas=run.betas, **options(run, "optimizer"))]
 
 
 def poet_ortho_adamw(model, run):
     model = poet_model(model, run, recipe="ortho")
-    angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}
-    return model, [adamw(poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle), run)]
+    return model, [adamw(ortho_groups(model, run), run)]
+
+
+def ortho_groups(model, run):
+    angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}  # else the angle law
+    return poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle, **options(run, "groups"))
 
 
 def poet_model(model, run, **settings):

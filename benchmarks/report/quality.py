@@ -100,17 +100,19 @@ def difference_text(runs, baseline):
     return "" if found is None or runs is baseline else f"{found[0]:+.3f} ± {found[1]:.3f}"
 
 
+def along(runs, field):
+    """The runs that have this rate, and all else as the best run has it."""
+
+    def others(run):
+        return {key: value for key, value in run["run"].items() if key != field}
+
+    return [run for run in runs if run["run"][field] is not None and others(run) == others(runs[0])]
+
+
 def near_best(runs, field):
     """The values of a rate, all else as in the best run, whose loss is within `NEAR` of the best; and all tried."""
-    best = runs[0]
-    others = {key: value for key, value in best["run"].items() if key != field}
-    tried = {
-        run["run"][field]: loss_of(run)
-        for run in runs
-        if run["run"][field] is not None
-        and {key: value for key, value in run["run"].items() if key != field} == others
-    }
-    near = [rate for rate, loss in sorted(tried.items()) if loss <= NEAR * loss_of(best)]
+    tried = {run["run"][field]: loss_of(run) for run in along(runs, field)}
+    near = [rate for rate, loss in sorted(tried.items()) if loss <= NEAR * loss_of(runs[0])]
     return near, sorted(tried)
 
 
@@ -321,13 +323,7 @@ def shown(results):
     rates = {}
     for family, runs in tuning_runs(results).items():
         field = "lr" if runs[0]["run"]["matrix_lr"] is None else "matrix_lr"
-        best = {k: v for k, v in runs[0]["run"].items() if k != field}
-        rates[family] = sorted(
-            [run["run"][field], run["loss"]]
-            for run in runs
-            if None not in (run["loss"], run["run"][field])
-            and {k: v for k, v in run["run"].items() if k != field} == best
-        )
+        rates[family] = sorted([r["run"][field], r["loss"]] for r in along(runs, field) if r["loss"] is not None)
     return {"command": "quality", "cells": {"curves": curves, "rates": rates}}
 
 
