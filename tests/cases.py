@@ -134,6 +134,15 @@ CASES = [
 
 PLAIN = CASES[0]
 
+# Ways to train a model of other layers than linear ones.
+TRAINING_REGIMES = {
+    "adapter": {},
+    "folds": {"merge_interval": 2},
+    "fold-every-step": {"merge_interval": 1, "reinit_interval": 0},
+    "fully-stochastic-folds": {"merge_interval": 2, "variant": "fully_stochastic", "block_size": 0.5},
+    "bf16-folds": {"merge_interval": 2, "dtype": torch.bfloat16},
+}
+
 # One of each kind that has code of its own: for properties that the sizes, the series and the dtype do not bear on.
 FEW = {
     "plain",

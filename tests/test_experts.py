@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from cases import randomize, relative_error
+from cases import TRAINING_REGIMES, randomize, relative_error
 from models import assert_same_state, logits, state, tokens
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -243,14 +243,7 @@ def test_every_implementation_of_the_experts_computes_the_same(name, implementat
     assert relative_error(logits(model), expected) < 1e-5
 
 
-REGIMES = {
-    "adapter": {},
-    "folds": {"merge_interval": 2},
-    "fold-every-step": {"merge_interval": 1, "reinit_interval": 0},
-    "fully-stochastic-folds": {"merge_interval": 2, "variant": "fully_stochastic", "block_size": 0.5},
-    "bf16-folds": {"merge_interval": 2, "dtype": torch.bfloat16},
-    "rest": {"merge_interval": 2, "train_rest": True},
-}
+REGIMES = {**TRAINING_REGIMES, "rest": {"merge_interval": 2, "train_rest": True}}
 CASES = [("mixtral", regime) for regime in REGIMES] + [
     ("gpt_oss", "folds"),
     ("gpt_oss", "fold-every-step"),

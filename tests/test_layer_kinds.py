@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import (
+    TRAINING_REGIMES,
     Case,
     OneLayer,
     base_layer,
@@ -79,18 +80,11 @@ def train(model, optimizer, seeds):
 # Training, files and export of a model with all kinds
 
 
-REGIMES = {
-    "adapter": {},
-    "folds": {"merge_interval": 2},
-    "fold-every-step": {"merge_interval": 1, "reinit_interval": 0},
-    "fully-stochastic-folds": {"merge_interval": 2, "variant": "fully_stochastic", "block_size": 0.5},
-    "bf16-folds": {"merge_interval": 2, "dtype": torch.bfloat16},
-}
-for_every_regime = pytest.mark.parametrize("regime", REGIMES)
+for_every_regime = pytest.mark.parametrize("regime", TRAINING_REGIMES)
 
 
 def trained(regime, num_steps=5):
-    model = text_model(**REGIMES[regime])
+    model = text_model(**TRAINING_REGIMES[regime])
     train(model, optimizer_of(model, muon=regime == "fold-every-step"), range(num_steps))
     return model
 
@@ -120,7 +114,7 @@ def test_training_keeps_every_spectrum(regime):
 def test_saved_and_loaded_adapter_gives_the_same_outputs(regime, tmp_path):
     model = trained(regime)
     model.save_pretrained(tmp_path)
-    dtype = REGIMES[regime].get("dtype", torch.float32)
+    dtype = TRAINING_REGIMES[regime].get("dtype", torch.float32)
     loaded = PeftModel.from_pretrained(TextModel().to(dtype), tmp_path)
     assert torch.equal(loaded(ids(seed=9)), model(ids(seed=9)))
 
@@ -138,7 +132,7 @@ def test_merged_model_is_a_plain_one_of_the_same_outputs(regime):
 
 @pytest.mark.parametrize("regime", ["adapter", "folds", "fold-every-step"])
 def test_resumed_run_ends_as_the_uninterrupted_one(regime, tmp_path):
-    model = text_model(**REGIMES[regime])
+    model = text_model(**TRAINING_REGIMES[regime])
     optimizer = optimizer_of(model, muon=regime == "fold-every-step")
     train(model, optimizer, range(3))
     model.save_pretrained(tmp_path)
