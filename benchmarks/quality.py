@@ -44,8 +44,11 @@ ORTHO = Choice(
         {"options": {"optimizer.momentum": 0.9}},
     )
 )
+MODEL_INIT = Choice(({"base_init": "usual"},))
 COORDINATES = {
     "frozen": [Rate("lr")],
+    "adamw": [*RATES, *CHOICES, MODEL_INIT],
+    "muon": [*RATES, Choice(({"options": {"optimizer.momentum": 0.9}},)), *CHOICES, MODEL_INIT],
     "poet-ortho": [*RATES, ORTHO, *CHOICES],
 }
 # Each part of the recipe left out, or changed, at the best settings of it.
