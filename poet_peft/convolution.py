@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .layer import RotatedModule
 from .ops.paths import rotated_weight
 from .ops.sides import Side, with_identity_check
-from .weights.plain import is_plain, weight_as_matrix
+from .weights.plain import is_plain
 
 
 class Convolution(RotatedModule):
@@ -51,7 +51,7 @@ class Convolution(RotatedModule):
     def _convolve(
         self, x: Tensor, weight: Tensor, R: list[Side], P: list[Side], identity: bool, *args: Any, **kwargs: Any
     ) -> Tensor:
-        rotated = rotated_weight(weight_as_matrix(self.base_layer, weight), R, P, identity)
+        rotated = rotated_weight(self.weight_layout.as_matrix(weight), R, P, identity)
         rotated = rotated.view(weight.shape)
         if is_plain(self.base_layer):
             return self.base_layer._conv_forward(x, rotated, self.base_layer.bias)

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .weights.plain import CONVOLUTIONS, is_plain, matrix_as_weight, weight_as_matrix
+from .weights.plain import CONVOLUTIONS, is_plain
 
 
 class DeltaWeight:
@@ -32,9 +32,9 @@ class DeltaWeight:
             if original is None:
                 original = self.base_weight.read_exact(self.residual)
             else:
-                original = weight_as_matrix(self.get_base_layer(), original)
+                original = self.weight_layout.as_matrix(original)
             delta = effective - original.to(effective)
-        return matrix_as_weight(self.get_base_layer(), delta).contiguous()
+        return self.weight_layout.as_weight(delta, self.base_parameter.shape).contiguous()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert the adapter. Warns of the reason where it cannot."""

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from .config import POETConfig
 from .layer import POETLayer, RotatedModule
 from .maths.blocks import partition_side
 from .ops.paths import rotated_weight
+from .weights.layout import WeightLayout
 from .weights.plain import PlainWeight, RotatedSide
 
 
@@ -27,18 +28,9 @@ class StackedWeight(PlainWeight):
     """
 
     @property
-    def is_transposed(self) -> bool:
-        return bool(getattr(self.layer, "is_transposed", False)) or type(self.layer).__name__ in _TRANSPOSED
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        if weight.dim() == 2:
-            return weight[None]
-        return weight.mT if self.is_transposed else weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        if self.parameter.dim() == 2:
-            return matrix[0]
-        return matrix.mT if self.is_transposed else matrix
+    def layout(self) -> WeightLayout:
+        is_transposed = getattr(self.layer, "is_transposed", False) or type(self.layer).__name__ in _TRANSPOSED
+        return WeightLayout.TRANSPOSED_STACK if is_transposed else WeightLayout.STACK
 
     def check_readable(self, name: str) -> None:
         if self.name not in self.layer._parameters:
@@ -73,6 +65,10 @@ class ParamWrapper(RotatedModule):
     @property
     def base_weight(self) -> StackedWeight:
         return StackedWeight(self.get_base_layer(), self.weight_name)
+
+    @property
+    def weight_layout(self) -> WeightLayout:
+        return self.base_weight.layout
 
     def weight_features(self) -> tuple[int, int]:
         """Of each expert."""

@@ -27,7 +27,8 @@ from .rotation import Rotation
 from .state import AdapterState
 from .weights import base_weight_of
 from .weights.base import BaseWeight
-from .weights.plain import RotatedSide, features, rotated_sides
+from .weights.layout import WeightLayout
+from .weights.plain import RotatedSide, features, layout_of, rotated_sides
 from .weights.residual import LOW_PRECISION, zero_residual
 from .weights.sharded import keep_replicas_equal, mesh_of
 
@@ -107,6 +108,11 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
             path, below = f"{path}.base_layer", below.base_layer
         return f"{path}.{self.weight_name}"
 
+    @property
+    def weight_layout(self) -> WeightLayout:
+        """How the base parameter keeps the matrix that is rotated."""
+        return layout_of(self.get_base_layer())
+
     def weight_features(self) -> tuple[int, int]:
         """`(out_features, in_features)` of the base weight as a matrix."""
         return features(self.get_base_layer())
@@ -117,7 +123,6 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: POETConfig) -> None:
         """Add an adapter: the identity, or random rotations with `init_weights=False`."""
-        block_sizes = {}
         for side, dim, groups in self.weight_sides():
             partition = partition_side(config.variant, config.block_size_of(self.module_name), dim, groups)
             rotation = Rotation(
@@ -131,12 +136,11 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
             rotation.mesh = mesh_of(self.base_parameter)
             if not config.init_weights:
                 nn.init.normal_(rotation.weight, std=0.1 / partition.block_size**0.5)
-            block_sizes[side] = partition.block_size
             base_dtype = getattr(self.base_parameter, "dtype", None)
             dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
             (self.poet_R if side == "R" else self.poet_P)[adapter_name] = rotation.to(dtype)
-        self.poet_state[adapter_name] = AdapterState.at_start(config.seed, config.map, block_sizes).tensor()
         self.poet_config[adapter_name] = config
+        self.poet_state[adapter_name] = self.state_at_start(adapter_name).tensor()
         self.poet_scaling[adapter_name] = 1.0
         if self.is_compensated(adapter_name):
             self._ensure_residual(adapter_name)
@@ -169,6 +173,12 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
     def rotations(self, adapter_name: str) -> list[Rotation]:
         """The adapter's rotations of this layer: both sides, or the one that has more than one feature."""
         return [side[adapter_name] for side in (self.poet_R, self.poet_P) if adapter_name in side]
+
+    def state_at_start(self, adapter_name: str) -> AdapterState:
+        """The state of the adapter before it was trained."""
+        config = self.poet_config[adapter_name]
+        block_sizes = {rotation.side: rotation.partition.block_size for rotation in self.rotations(adapter_name)}
+        return AdapterState.at_start(config.seed, config.map, block_sizes, self.weight_layout)
 
     def state(self, adapter_name: str) -> AdapterState:
         """The adapter's state. Read from the device only when its tensor was written by somebody else."""

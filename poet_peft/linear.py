@@ -11,7 +11,7 @@ from .layer import RotatedModule
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
 from .ops.sides import Side, with_identity_check
-from .weights.plain import is_plain, weight_as_matrix
+from .weights.plain import is_plain
 
 
 class Linear(RotatedModule):
@@ -22,7 +22,7 @@ class Linear(RotatedModule):
         if self.quantization_backend is not None or not is_plain(self.base_layer):
             return self._rotate_around(x, R, P, *args, **kwargs)
         # Frozen by the method, also where a loader of transformers has made a new parameter of it that is not.
-        weight, bias = weight_as_matrix(self.base_layer).detach(), self.base_layer.bias
+        weight, bias = self.weight_layout.as_matrix(self.base_layer.weight).detach(), self.base_layer.bias
         dtype = x.dtype
         autocasts = torch.is_autocast_enabled(x.device.type)
         if not autocasts:

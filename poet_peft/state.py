@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .maths.orthogonal import Cayley, OrthogonalMap
+from .weights.layout import WeightLayout
 
 
 class AdapterState(NamedTuple):
@@ -21,6 +22,7 @@ class AdapterState(NamedTuple):
         num_terms: of the Cayley-Neumann series that the adapter is trained with; 0 = the exact Cayley map.
         adaptive_terms: 1 if the series gets more terms where it needs them, else 0.
         block_size_R, block_size_P: of the sides; 0 where a side has no rotation.
+        layout: a `WeightLayout`, of the base weight.
     """
 
     seed: int
@@ -31,14 +33,17 @@ class AdapterState(NamedTuple):
     adaptive_terms: int = 0
     block_size_R: int = 0
     block_size_P: int = 0
+    layout: int = WeightLayout.MATRIX
 
     @classmethod
-    def at_start(cls, seed: int, orthogonal_map: OrthogonalMap, block_sizes: dict[str, int]) -> AdapterState:
+    def at_start(
+        cls, seed: int, orthogonal_map: OrthogonalMap, block_sizes: dict[str, int], layout: WeightLayout
+    ) -> AdapterState:
         """Of an adapter that was never trained, with the block sizes of its sides by name."""
-        sizes = {f"block_size_{side}": size for side, size in block_sizes.items()}
+        fixed = {f"block_size_{side}": size for side, size in block_sizes.items()} | {"layout": int(layout)}
         if isinstance(orthogonal_map, Cayley):
-            return cls(seed, **sizes)
-        return cls(seed, num_terms=orthogonal_map.num_terms, adaptive_terms=int(orthogonal_map.adaptive), **sizes)
+            return cls(seed, **fixed)
+        return cls(seed, num_terms=orthogonal_map.num_terms, adaptive_terms=int(orthogonal_map.adaptive), **fixed)
 
     @classmethod
     def of(cls, tensor: Tensor) -> AdapterState:

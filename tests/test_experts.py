@@ -11,7 +11,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from poet_peft import POETConfig, RotationMuon, fold, merge_and_reinitialize, poet_param_groups
+from poet_peft.cli.difference import diff
 from poet_peft.diagnostics import diagnose
+from poet_peft.errors import POETCheckpointError
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
 
@@ -133,7 +135,7 @@ def dense_rotation(layer, side, dim):
 def stack(layer):
     """(num_experts, out, in) in float64."""
     weight = layer.base_parameter.detach().double()
-    return weight.mT if layer.base_weight.is_transposed else weight
+    return layer.weight_layout.as_matrix(weight)
 
 
 def dense_weight(layer):
@@ -167,7 +169,7 @@ def test_merged_weight_is_every_experts_own_rotation(name, variant):
 
 def stack_of(base, layer):
     weight = base.get_parameter(layer.module_name).detach().double()
-    return weight.mT if layer.base_weight.is_transposed else weight
+    return layer.weight_layout.as_matrix(weight)
 
 
 @for_every_model
@@ -272,6 +274,12 @@ def test_trained_adapter_is_saved_loaded_and_merged(name, regime, tmp_path):
     plain.save_pretrained(tmp_path / "merged")
     again = type(plain).from_pretrained(tmp_path / "merged", dtype=dtype)
     assert relative_error(logits(again), logits(model)) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_diff_of_folded_experts_is_refused_by_name(tmp_path):
+    trained("mixtral", "folds").save_pretrained(tmp_path)
+    with pytest.raises(POETCheckpointError, match=r"experts.* belongs to a stack of experts.*poet-peft merge"):
+        diff(tmp_path, tmp_path)
 
 
 @for_every_regime

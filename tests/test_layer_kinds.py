@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from poet_peft import POETConfig, RotationMuon, merge_and_reinitialize, poet_param_groups, verify_checkpoint
+from poet_peft.cli.difference import diff
 from poet_peft.layer import poet_layers
 
 
@@ -144,6 +145,17 @@ def test_resumed_run_ends_as_the_uninterrupted_one(regime, tmp_path):
     other.load_state_dict(optimizer_state)
     train(resumed, other, range(3, 6))
     assert_same_state(state(resumed), state(model))
+
+
+def test_diff_of_folded_adapters_compares_the_weights_of_every_kind(tmp_path):
+    models = [trained("folds", num_steps) for num_steps in (4, 7)]
+    for name, model in zip(("one", "other"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+    found = {entry["layer"]: entry["weight"] for entry in diff(tmp_path / "one", tmp_path / "other")["layers"]}
+    exact = [model.merge_and_unload() for model in models]
+    for name in TARGETS:
+        one, other = (model.get_submodule(name).weight for model in exact)
+        assert found[name] == pytest.approx(relative_error(one, other), rel=1e-4), name
 
 
 # Convolutions

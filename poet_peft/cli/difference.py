@@ -26,7 +26,8 @@ def diff(one: Path, other: Path | None = None) -> dict[str, Any]:
         first where there are any, else the largest angle.
 
     Raises:
-        POETCheckpointError: as `inspection.inspect`; or the adapters cannot be compared, with the way out.
+        POETCheckpointError: as `inspection.inspect`; or the adapters cannot be compared, or a changed base weight
+            cannot be read from the file alone: it is quantized, or stacks experts. With the way out.
     """
     first = open_adapter(one)
     second = None if other is None else open_adapter(other)
@@ -71,12 +72,12 @@ def _against(one: SavedAdapter, tensors: OpenFile, other: SavedAdapter, others: 
     entries = []
     for layer in dict.fromkeys([*one.layers, *other.layers]):
         first, second = (_sides(adapter, opened, layer) for adapter, opened in ((one, tensors), (other, others)))
-        weights = [
-            _weight(adapter.base_weight(opened, layer), sides)
-            for adapter, opened, sides in ((one, tensors, first), (other, others, second))
-        ]
         more = {}
-        if weights[0] is not None and weights[1] is not None:
+        if one.config.changes_base_weights:
+            weights = [
+                _weight(adapter.base_weight(opened, layer), sides)
+                for adapter, opened, sides in ((one, tensors, first), (other, others, second))
+            ]
             if weights[0].shape != weights[1].shape:
                 raise POETCheckpointError(
                     f"the weights of {layer!r} are {tuple(weights[0].shape)} in {one.file} and "
@@ -96,9 +97,7 @@ def _sides(adapter: SavedAdapter, tensors: OpenFile, layer: str) -> dict[str, Sa
     return {side: adapter.side(tensors, layer, side) for side in adapter.layers.get(layer, [])}
 
 
-def _weight(stored: Tensor | None, sides: dict[str, SavedSide]) -> Tensor | None:
+def _weight(stored: Tensor, sides: dict[str, SavedSide]) -> Tensor:
     """`R W P` of a weight (out, in)."""
-    if stored is None:
-        return None
     R, P = ([(side.index, side.deltas)] if (side := sides.get(name)) else [] for name in ("R", "P"))
     return effective_weight(stored.double(), R, P)

@@ -138,8 +138,7 @@ def _load_tokenizer(directory: Path, base: str, loading: dict[str, str]) -> Any:
 
 def _dtype_of_held_weights(adapter: SavedAdapter) -> torch.dtype | None:
     with open_tensors(adapter.file) as tensors:
-        weight = adapter.base_weight(tensors, next(iter(adapter.layers)))
-    return None if weight is None else weight.dtype
+        return adapter.dtype_of_base_weights(tensors)
 
 
 def _random_tokens(model: PreTrainedModel) -> Tensor:

@@ -21,9 +21,12 @@ from ..files.json_object import read_json_object
 from ..files.training_checkpoints import verify_checkpoint
 from ..maths.blocks import BlockPartition, SideName
 from ..state import AdapterState
+from ..weights.layout import WeightLayout
+from ..weights.residual import join
 
 
 METRICS_NAME = "metrics.json"
+_TENSOR_OF_ADAPTER = re.compile(r"\.poet_(R|P|state|residual)(\.|$)")
 _SIDE = re.compile(r"(?P<layer>.+)\.poet_(?P<side>[RP])\.(?P<tensor>weight|index)")
 
 
@@ -82,9 +85,7 @@ class SavedAdapter:
     def num_other_values(self) -> int:
         """How many further values the file holds that train: current base weights, heads, embeddings."""
         return sum(
-            torch.Size(shape).numel()
-            for key, shape in self.shapes.items()
-            if not re.search(r"\.poet_(R|P|state|residual)(\.|$)", key)
+            torch.Size(shape).numel() for key, shape in self.shapes.items() if not _TENSOR_OF_ADAPTER.search(key)
         )
 
     def state(self, tensors: OpenFile) -> AdapterState:
@@ -107,27 +108,34 @@ class SavedAdapter:
         deltas = [self.config.map.delta(Q) for Q in partition.skew_blocks(upper.double())]
         return SavedSide(index, deltas, upper.numel())
 
-    def base_weight(self, tensors: OpenFile, layer: str) -> Tensor | None:
-        """The base weight (out, in) that the file holds of a layer; None where it holds none, or a packed one."""
-        key = f"{self._prefix(layer)}.base_layer.weight"
-        weight = tensors.get(key) if key in self.shapes else None
-        if weight is None or not weight.is_floating_point() or weight.dim() != 2:
-            return None
-        return weight.mT if self._stores_transposed else weight
+    def base_weight(self, tensors: OpenFile, layer: str) -> Tensor:
+        """The base weight (out, in) of a layer, of a file that holds base weights.
 
-    @cached_property
-    def _stores_transposed(self) -> bool:
-        """Whether the layers are transformers' Conv1D: some weight does not fit its rotations as (out, in).
-
-        The layers of a model are all of one kind; square ones alone would not tell.
+        Raises:
+            POETCheckpointError: it is packed by quantization, or one of several stacks of experts' weights.
         """
-        for layer, sides in self.layers.items():
-            prefix = self._prefix(layer)
-            shape = self.shapes.get(f"{prefix}.base_layer.weight")
-            for side, dim in zip(("R", "P"), shape or (), strict=False):
-                if side in sides and self.shapes[f"{prefix}.poet_{side}.index"][0] > dim:
-                    return True
-        return False
+        prefix = self._prefix(layer)
+        weight = tensors.get(f"{prefix}.base_layer.weight") if f"{prefix}.base_layer.weight" in self.shapes else None
+        state = AdapterState.of(tensors.get(f"{prefix}.poet_state"))
+        if weight is None or not weight.is_floating_point():
+            is_stack = state.layout in (WeightLayout.STACK, WeightLayout.TRANSPOSED_STACK)
+            what = "belongs to a stack of experts" if is_stack else "is packed by quantization"
+            raise POETCheckpointError(
+                f"the base weight of {layer!r} in {self.file} {what}, and cannot be read from the file alone. Merge "
+                "the adapters (`poet-peft merge`) and compare the models."
+            )
+        residual = f"{prefix}.poet_residual"
+        exact = join(weight, tensors.get(residual)) if residual in self.shapes else weight
+        return WeightLayout(state.layout).as_matrix(exact)
+
+    def dtype_of_base_weights(self, tensors: OpenFile) -> torch.dtype | None:
+        """Of the rotated base weights in the file; None where there are none, or packed ones."""
+        held = [
+            key
+            for key, shape in self.shapes.items()
+            if ".base_layer." in key and len(shape) > 1 and not _TENSOR_OF_ADAPTER.search(key)
+        ]
+        return next((x.dtype for key in held if (x := tensors.get(key)).is_floating_point()), None)
 
     def _prefix(self, layer: str) -> str:
         prefixed = f"base_model.model.{layer}"

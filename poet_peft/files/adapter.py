@@ -59,9 +59,7 @@ def _check_states(adapter_name: str, layers: dict[str, POETLayer], tensors: dict
         tensor = tensors.get(f"{name}.poet_state.{adapter_name}")
         if tensor is None or tensor.shape != (len(AdapterState._fields),) or tensor.is_floating_point():
             continue
-        config = layer.poet_config[adapter_name]
-        block_sizes = {rotation.side: rotation.partition.block_size for rotation in layer.rotations(adapter_name)}
-        file, own = AdapterState.of(tensor), AdapterState.at_start(config.seed, config.map, block_sizes)
+        file, own = AdapterState.of(tensor), layer.state_at_start(adapter_name)
         for field, setting in _SETTINGS.items():
             if getattr(file, field) != getattr(own, field):
                 what = f"{setting}, {getattr(file, field)} in the file and {getattr(own, field)} in the model"
@@ -221,6 +219,7 @@ _SETTINGS = {
     "adaptive_terms": "adaptive_terms",
     "block_size_R": "block size of the output side",
     "block_size_P": "block size of the input side",
+    "layout": "layout of the base weight (a WeightLayout)",
 }
 _SAME_BASE = "Load it into the model that it was trained from."
 _SAME_CONFIG = "Load it with the adapter_config.json that was saved beside it."

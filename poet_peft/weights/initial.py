@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from .plain import weight_as_matrix
+from .plain import layout_of
 
 
 SCHEMES = ("normalized", "xavier", "standard", "uniform_spectrum", "mup")
@@ -80,7 +80,8 @@ def initialize_base_weights(
         module_names = _all_linear_names(model)
     names = sorted(module_names)
     for name in names:
-        matrix = weight_as_matrix(model.get_submodule(name))
+        layer = model.get_submodule(name)
+        matrix = layout_of(layer).as_matrix(layer.weight)
         with torch.no_grad():
             matrix.copy_(scale * draw_weight(*matrix.shape, scheme, seed=seed, module_name=name))
     return names

@@ -1,11 +1,7 @@
 """Weights that are one floating-point parameter; also sharded, or 16-bit.
 
-As a matrix (out, in) they are, by the kind of layer:
-
-- `nn.Linear`: the weight itself. transformers' `Conv1D`: its transpose.
-- `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: (out channels, in channels / groups * kernel), each output channel's kernel as
-  a row. It multiplies patches of the input.
-- `nn.Embedding`: the transpose, (embedding dimension, vocabulary). It multiplies tokens as unit vectors.
+As a matrix (out, in), the weight of a convolution multiplies patches of the input, that of an embedding tokens as unit
+vectors.
 """
 
 from __future__ import annotations
@@ -22,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..maths.blocks import SideName
 from .base import BaseWeight
+from .layout import WeightLayout
 from .residual import LOW_PRECISION, at_least_fp32, join, split
 from .sharded import full, write
 
@@ -46,13 +43,17 @@ class PlainWeight(BaseWeight):
     def parameter(self) -> Tensor:
         return getattr(self.layer, self.name)
 
+    @property
+    def layout(self) -> WeightLayout:
+        return layout_of(self.layer)
+
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor in the shape of the parameter as (out, in)."""
-        return weight_as_matrix(self.layer, weight)
+        return self.layout.as_matrix(weight)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the shape of the parameter."""
-        return matrix_as_weight(self.layer, matrix)
+        return self.layout.as_weight(matrix, self.parameter.shape)
 
     def parts(self) -> dict[str, Tensor]:
         return {self.name: self.parameter}
@@ -159,19 +160,11 @@ def _computes_with(layer: nn.Module, matrix: Tensor) -> bool:
 NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
-def weight_as_matrix(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """A weight of the layer, its own by default, as (out_features, in_features): a view if it is contiguous."""
-    weight = layer.weight if weight is None else weight
+def layout_of(layer: nn.Module) -> WeightLayout:
+    """How the layer keeps its weight, packed by quantization or not."""
     if isinstance(layer, CONVOLUTIONS):
-        return weight.flatten(1)
-    return weight.mT if isinstance(layer, Conv1D | nn.Embedding) else weight
-
-
-def matrix_as_weight(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """A matrix (out_features, in_features) in the shape of the layer's weight."""
-    if isinstance(layer, CONVOLUTIONS):
-        return matrix.reshape(layer.weight.shape)
-    return matrix.mT if isinstance(layer, Conv1D | nn.Embedding) else matrix
+        return WeightLayout.KERNEL
+    return WeightLayout.TRANSPOSED if isinstance(layer, Conv1D | nn.Embedding) else WeightLayout.MATRIX
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
