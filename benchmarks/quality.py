@@ -53,14 +53,17 @@ COORDINATES = {
 }
 # Each part of the recipe left out, or changed, at the best settings of it.
 PARTS = {
-    "both sides at once": {"options": {"optimizer.alternate": False}},
     "blocks of 128": {"options": {"config.block_size": 128}},
     "3 Newton-Schulz steps": {"options": {"optimizer.num_newton_schulz_steps": 3}},
+    "blocks of 128, 3 Newton-Schulz steps": {
+        "options": {"config.block_size": 128, "optimizer.num_newton_schulz_steps": 3}
+    },
     "the angle by the learning rate": {"matrix_lr": None},
-    "AdamW for the rotations": {"method": "poet-ortho-adamw"},
+    "both sides at once": {"options": {"optimizer.alternate": False}},
     "initial weights x 0.7": {"options": {"config.base_init_scale": 0.7}},
     "initial weights x 1.4": {"options": {"config.base_init_scale": 1.4}},
     "without look-ahead": {"options": {"optimizer.nesterov": False}},
+    "AdamW for the rotations": {"method": "poet-ortho-adamw"},
     "blocks of 64": {"options": {"config.block_size": 64}},
 }
 SEEDS = (42, 43, 44)
