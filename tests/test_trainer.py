@@ -93,8 +93,8 @@ def recorded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"block_size": 16}, {"variant": "fully_stochastic", "block_size": 0.5}, {"orthogonal_map": "cayley"}],
-    ids=["block_stochastic", "fully_stochastic", "exact_cayley"],
+    [{"block_size": 16}, {"variant": "fully_stochastic", "block_size": 0.5}],
+    ids=["block_stochastic", "fully_stochastic"],
 )
 def test_training_from_scratch_lowers_the_loss(tmp_path, overrides):
     config = POETConfig.for_pretraining(**{"block_size": 16, "merge_interval": 10, **overrides})
@@ -104,7 +104,7 @@ def test_training_from_scratch_lowers_the_loss(tmp_path, overrides):
     assert trainer.evaluate()["eval_loss"] < before - 0.5
 
 
-@pytest.mark.parametrize("regime", [*ADAPTERS, "periodic"])
+@pytest.mark.parametrize("regime", ["block_stochastic", "periodic"])
 def test_rotations_alone_lower_the_loss(tmp_path, regime):
     model = get_peft_model(llama(), poet_config(regime, init_weights=True))
     trainer = trainer_of(model, tmp_path, POETCallback(), lr=0.0, poet_lr=2e-2, max_steps=15)
