@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "quality"
 # Where each search begins: the best known before, at the same size, data and steps.
 STARTS = {
     "adamw": Run("adamw", lr=1e-2, matrix_lr=1e-3),
-    "muon": Run("muon", lr=1e-2, matrix_lr=2e-2),
+    "muon": Run("muon", lr=1e-2, matrix_lr=1e-2),
     "poet-ortho": Run("poet-ortho", lr=1e-2, matrix_lr=2e-2, betas=(0.9, 0.95)),
     "poet-paper": Run("poet-paper", lr=1e-2, matrix_lr=1e-3, options={"config.merge_interval": 200}),
     "frozen": Run("frozen", lr=1e-2),
@@ -48,8 +48,8 @@ MODEL_INIT = Choice(({"base_init": "usual"},))
 COORDINATES = {
     "frozen": [Rate("lr")],
     "adamw": [*RATES, *CHOICES, MODEL_INIT],
-    "muon": [*RATES, Choice(({"options": {"optimizer.momentum": 0.9}},)), *CHOICES, MODEL_INIT],
-    "poet-ortho": [*RATES, ORTHO, *CHOICES],
+    "muon": [MODEL_INIT, *RATES, Choice(({"options": {"optimizer.momentum": 0.9}},)), *CHOICES],
+    "poet-ortho": [*RATES, ORTHO, *CHOICES, MODEL_INIT],
 }
 # Each part of the recipe left out, or changed, at the best settings of it.
 PARTS = {
