@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .config import POETConfig
 from .layer import POETLayer, RotatedModule
 from .maths.blocks import partition_side
 from .ops.paths import rotated_weight
+from .ops.sides import Side, with_identity_check
 from .weights.plain import PlainWeight, RotatedSide
 
 
@@ -94,9 +96,12 @@ class ParamWrapper(RotatedModule):
                 f"{self.module_name!r} is no parameter while its module is called, as inside FSDP1, so that it cannot "
                 "be called with another. Use fully_shard (FSDP2)."
             )
-        rotated = weight.as_weight(rotated_weight(weight.as_matrix(weight.parameter.detach()), R, P)).contiguous()
+        identity = self._is_at_identity(adapters, [*R, *P])
+        matrix = rotated_weight(weight.as_matrix(weight.parameter.detach()), R, P, identity)
         name = self.path_to_weight.removeprefix("base_layer.")
-        return torch.func.functional_call(self.base_layer, {name: rotated}, args, kwargs)
+        rotated = {name: weight.as_weight(matrix).contiguous()}
+        y = torch.func.functional_call(self.base_layer, rotated, args, kwargs)
+        return _with_identity_check(y, (*R, *P)) if identity else y
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -108,6 +113,13 @@ class ParamWrapper(RotatedModule):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
         return layer
+
+
+def _with_identity_check(outputs: Any, sides: Sequence[Side]) -> Any:
+    """`sides.with_identity_check` of what a module returns: experts a tensor, routers several."""
+    if not isinstance(outputs, tuple):
+        return with_identity_check(outputs, sides)
+    return (with_identity_check(outputs[0], sides), *outputs[1:])
 
 
 def check_target_parameters(model: nn.Module, config: POETConfig) -> None:
