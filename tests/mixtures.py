@@ -59,13 +59,21 @@ MODELS = {
         },
     ),
 }
+# Experts in modules of one weight each, which are called one after the other.
+OTHERS = {
+    "jetmoe": (
+        "JetMoeForCausalLM",
+        "JetMoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_attention_heads": 4},
+    )
+}
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 for_every_model = pytest.mark.parametrize("name", MODELS)
 for_both_variants = pytest.mark.parametrize("variant", ["block_stochastic", "fully_stochastic"])
 
 
 def moe(name, dtype=torch.float32, **overrides):
-    cls, config_cls, settings = MODELS[name]
+    cls, config_cls, settings = {**MODELS, **OTHERS}[name]
     torch.manual_seed(0)
     config = getattr(transformers, config_cls)(**{**SIZES, **settings, **overrides})
     model = getattr(transformers, cls)(config)

@@ -20,9 +20,8 @@ from mixtures import (
 )
 from models import assert_same_state, logits, state, tokens
 from peft import PeftModel, get_peft_model
-from torch import nn
 
-from poet_peft import POETConfig, fold, merge_and_reinitialize
+from poet_peft import fold, merge_and_reinitialize
 from poet_peft.diagnostics import diagnose
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
@@ -243,53 +242,6 @@ def test_gradient_checkpointing_does_not_change_a_bit_of_the_gradients():
         model(input_ids=input_ids, labels=input_ids).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-# Refusals
-
-
-class Bare(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.vector = nn.Parameter(torch.zeros(8))
-        self.inner.stack = nn.Parameter(torch.zeros(3, 8, 8))
-        self.inner.odd = nn.Parameter(torch.zeros(3, 7, 8))
-        self.inner.packed = nn.Parameter(torch.zeros(3, 8, 8, dtype=torch.uint8), requires_grad=False)
-        self.linear = nn.Linear(8, 8)
-        self.other = nn.Module()
-        self.other.tied = self.inner.twin = nn.Parameter(torch.zeros(3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("target", "match"),
-    [
-        ("inner.vector", r"'inner.vector' of shape \(8,\).*Take it out"),
-        ("inner.odd", "'inner.odd': no block of 2 to 4 features divides a group of 7, but 7 does.*block_size_pattern"),
-        ("inner.packed", "'inner.packed' of torch.uint8.*dequantized"),
-        ("linear.weight", "'linear.weight' is the weight of a layer .*target_modules"),
-        ("inner.twin", "'inner.twin': it is shared by .*'other.tied'.*Take it out"),
-        ("inner.missing", "match no parameter: .'inner.missing'"),
-    ],
-)
-def test_parameter_is_refused_by_name_with_a_way_out(target, match):
-    with pytest.raises(ValueError, match=match):
-        get_peft_model(Bare(), config(target_parameters=[target]))
-
-
-def test_drawing_experts_anew_is_refused():
-    with pytest.raises(ValueError, match="base_init='normalized' .*'inner.stack'"):
-        get_peft_model(Bare(), config(target_parameters=["inner.stack"], base_init="normalized", merge_interval=4))
-
-
-def test_memory_efficient_experts_are_refused():
-    with pytest.raises(ValueError, match="memory_efficient=True .*'inner.stack'.*gradient checkpointing"):
-        get_peft_model(Bare(), config(target_parameters=["inner.stack"], memory_efficient=True))
-
-
-def test_one_name_instead_of_a_list_is_refused():
-    with pytest.raises(TypeError, match="target_parameters='experts.down_proj' must be a list"):
-        POETConfig(target_parameters="experts.down_proj")
 
 
 # What other parts of the package make of experts
