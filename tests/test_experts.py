@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import TRAINING_REGIMES, relative_error
+from cases import TRAINING_REGIMES, normal, relative_error
 from mixtures import (
     config,
     dense_weight,
@@ -21,10 +21,11 @@ from mixtures import (
 from models import assert_same_state, logits, state, tokens
 from peft import PeftModel, get_peft_model
 
-from poet_peft import fold, merge_and_reinitialize
+from poet_peft import POETFoldError, fold, merge_and_reinitialize
 from poet_peft.diagnostics import diagnose
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
+from poet_peft.ops import reference
 
 
 @for_every_model
@@ -194,6 +195,43 @@ def test_fold_changes_no_output(name):
     assert report.num_layers == num_stacks(name)
     assert report.spectral_drift < 1e-5
     assert relative_error(logits(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@for_both_variants
+def test_reference_of_a_stack_is_every_experts_own_layer(name, variant):
+    _, layer = next(poet_layers(rotated(name, variant=variant)))
+    x, W = normal(4, 5, layer.in_features, dtype=torch.float64), stack(layer)
+    bias = normal(4, layer.out_features, seed=1, dtype=torch.float64)
+    R, P = ([(side.index, [d.double() for d in side.deltas()]) for side in s] for s in layer.sides(["default"]))
+    expected = torch.einsum("eoi,eti->eto", dense_weight(layer), x) + bias[:, None]
+    assert relative_error(reference.poet_linear(x, W, bias, R, P), expected) < 1e-6
+
+
+def without_R(weight, R, P):
+    return reference_weight(weight, [], P)
+
+
+def other_experts(weight, R, P):
+    return reference_weight(weight, R, P).roll(1, 0)
+
+
+def transposed_P(weight, R, P):
+    return reference_weight(weight, R, [(index, [delta.mT for delta in deltas]) for index, deltas in P])
+
+
+reference_weight = reference.effective_weight
+
+
+@pytest.mark.parametrize("broken", [without_R, other_experts, transposed_P])
+def test_fold_that_writes_another_weight_is_undone(broken, monkeypatch):
+    model = rotated("mixtral", merge_interval=10)
+    _, layer = next(poet_layers(model))
+    before = layer.base_parameter.clone()
+    monkeypatch.setattr(reference, "effective_weight", broken)
+    with pytest.raises(POETFoldError, match="changed its output by .*which is not rounding.*put back"):
+        merge_and_reinitialize(model)
+    assert torch.equal(layer.base_parameter, before)
 
 
 def test_original_model_is_there_after_folds_with_a_copy():
