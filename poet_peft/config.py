@@ -75,10 +75,12 @@ class POETConfig(PeftConfig):
         seed: of permutations, index sets and `base_init`.
         init_weights: True starts at the identity. False starts at random rotations, for tests.
         target_modules: names of the layers to rotate (linear layers, convolutions, embeddings), a regular expression,
-            or "all-linear". None = PEFT's defaults for the architecture.
+            or "all-linear": all linear layers but the output head, and experts. None = PEFT's defaults for the
+            architecture.
         target_parameters: names of parameters to rotate that are no layer's weight, as in PEFT's LoRA: the stacked
             weights of experts, such as `["experts.gate_up_proj", "experts.down_proj"]`. Each expert is rotated by
-            itself. Pass `target_modules=[]` to rotate nothing else.
+            itself. Pass `target_modules=[]` to rotate nothing else. None = with "all-linear" the stacks of experts
+            that can be rotated, else none.
         exclude_modules: names, or a regular expression, of layers to leave out.
         layers_to_transform: indexes of the transformer layers to rotate.
         layers_pattern: name of the layer list that `layers_to_transform` indexes.

@@ -244,12 +244,7 @@ def _fold_layer(item: FoldItem) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(_NUM_PROBES, layer.in_features, generator=generator).to(before)
     R, P = ([(side.index, side.blocks().deltas) for side in sides] for sides in layer.sides([adapter]))
-    is_stack = before.dim() == 3
-    expected = (
-        probes @ reference.effective_weight(before, R, P).mT
-        if is_stack
-        else reference.poet_linear(probes, before, None, R, P)
-    )
+    expected = reference.poet_linear(probes.expand(*before.shape[:-2], -1, -1), before, None, R, P)
 
     folded = _folded(item)
     old_parts = {name: part.detach().clone() for name, part in weight.parts().items()}

@@ -23,13 +23,14 @@ from .combine import check_combinable, weighted_parameters, write_sum
 from .config import POETConfig
 from .convolution import Convolution
 from .embedding import Embedding
-from .experts import ParamWrapper, check_target_parameters
+from .experts import ParamWrapper
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import POETLayer, poet_layers
 from .linear import Linear
 from .mixed_batch import named_adapters, num_repeats_of
-from .targets import check_supported, check_targets, leave_out, warn_of_unreached_weights
+from .target_parameters import check_target_parameters, reach_experts, warn_of_unreached_weights
+from .targets import check_supported, check_targets, leave_out, warn_of_unmatched_patterns
 from .weights.initial import draw_weight
 from .weights.plain import CONVOLUTIONS, PlainWeight, features, rotated_sides
 from .weights.sharded import check_gathered_in_forward, reshard
@@ -73,14 +74,16 @@ class POETModel(BaseTuner):
         keep_exact(model)
         reshard(model)
         config = self.peft_config[adapter_name]
-        requested = config.target_modules
+        requested, named = config.target_modules, config.target_parameters
         targets = self._settle_targets(model, config)
         if kwargs.get("state_dict") is None:
             check_gathered_in_forward(model, targets)
             quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
             check_targets(model, config, targets, **quantization_kwargs)
-            check_target_parameters(model, config)
-            warn_of_unreached_weights(model, requested, config.target_parameters or ())
+            reach_experts(model, config, requested)
+            parameters = check_target_parameters(model, config)
+            warn_of_unreached_weights(model, requested, named)
+            warn_of_unmatched_patterns(config, [*(name for name, _ in targets), *parameters])
         clear_leftover_gguf_flags(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

@@ -40,23 +40,36 @@ class AngleLaw:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
 
-    def radians(self, layer: POETLayer, side: SideName, lr: float) -> float:
+    def radians(self, layer: POETLayer, side: SideName, lr: float, rms: float | None = None) -> float:
         """The angle of a step of this side, to two digits, so that layers of one kind share a group; not yet clamped.
+
+        Args:
+            rms: `rms_of` the layer, where it is known already; None reads the whole weight.
 
         Raises:
             ValueError: the weight cannot be read, or is zero.
         """
-        layer.base_weight.check_readable(layer.module_name)
-        weight = layer.base_parameter
-        rms = 0.0 if weight.is_meta else float(layer.base_weight.read().square().mean().sqrt())
-        if not 0 < rms < math.inf:
-            raise ValueError(
-                f"the weight of {layer.module_name!r} has no size that an angle could follow from (root mean square "
-                f"{rms:.3g}{', on the meta device' if weight.is_meta else ''}). Pass angle= in radians."
-            )
+        rms = rms_of(layer) if rms is None else rms
         features = {"R": layer.out_features, "P": layer.in_features}[side]
         share = (features / (layer.out_features * layer.in_features) ** 0.5) ** self.side_exponent
         return float(f"{lr * self.rho / rms * share:.2g}")
+
+
+def rms_of(layer: POETLayer) -> float:
+    """The root mean square of the base weight, which is read whole.
+
+    Raises:
+        ValueError: the weight cannot be read, or is zero.
+    """
+    layer.base_weight.check_readable(layer.module_name)
+    is_meta = layer.base_parameter.is_meta
+    rms = 0.0 if is_meta else float(layer.base_weight.read().square().mean().sqrt())
+    if not 0 < rms < math.inf:
+        raise ValueError(
+            f"the weight of {layer.module_name!r} has no size that an angle could follow from (root mean square "
+            f"{rms:.3g}{', on the meta device' if is_meta else ''}). Pass angle= in radians."
+        )
+    return rms
 
 
 def poet_param_groups(
@@ -134,6 +147,7 @@ def _rotation_groups(
     model: nn.Module, lr: float, poet_lr: float | None, angle: float | AngleLaw
 ) -> list[dict[str, Any]]:
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
+    rms: dict[POETLayer, float] = {}
     for layer, adapter, rotation in _rotations(model):
         if not rotation.weight.requires_grad:
             continue
@@ -142,10 +156,14 @@ def _rotation_groups(
         group: dict[str, Any] = {"params": [], "lr": poet_lr, "weight_decay": 0.0, "name": "poet"}
         group["folds_every_step"] = folds_every_step
         if poet_lr is None:
-            radians = angle.radians(layer, rotation.side, lr) if isinstance(angle, AngleLaw) else float(angle)
-            group["radians"] = radians
             if isinstance(angle, AngleLaw):
+                if layer not in rms:
+                    rms[layer] = rms_of(layer)
+                radians = angle.radians(layer, rotation.side, lr, rms[layer])
                 group["max_radians"] = angle.max_angle
+            else:
+                radians = float(angle)
+            group["radians"] = radians
             # The root mean square over the planes of a block whose parameters all move by the learning rate.
             group["lr"] = min(radians, group.get("max_radians", radians)) / (2 * partition.block_size**0.5)
         key = (group["lr"], group.get("radians", 0.0), folds_every_step)

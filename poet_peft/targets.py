@@ -18,7 +18,7 @@ from .config import POETConfig
 from .maths.blocks import partition_side
 from .uncalled import reader_of
 from .weights import base_weight_of
-from .weights.plain import CONVOLUTIONS, NEVER_CALLED, rotated_sides
+from .weights.plain import CONVOLUTIONS, NEVER_CALLED, features, rotated_sides
 from .weights.quantized import QuantizedWeight
 
 
@@ -30,6 +30,9 @@ _TASKS = {
 }
 
 
+_RETURNS_MORE = "which returns more than `W x + bias`"
+
+
 def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> None:
     """Refuse a layer that cannot be rotated.
 
@@ -39,6 +42,11 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
     """
     backend = resolve_quantization_backend(layer, **quantization_kwargs)
     if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, NEVER_CALLED):
+        if backend is None and not _returns_tensor(layer):
+            raise TypeError(
+                f"POET cannot rotate {name!r} of type {type(layer).__name__}, {_RETURNS_MORE}, so that there is no "
+                "output to rotate. Take it out of target_modules, or add it to exclude_modules."
+            )
         return
     if isinstance(layer, CONVOLUTIONS) and backend is None:
         return _check_convolution(name, layer)
@@ -55,6 +63,19 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
         f"transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d and Embedding are supported.{reason} Take it out of "
         "target_modules, or add it to exclude_modules."
     )
+
+
+@torch.no_grad()
+def _returns_tensor(layer: nn.Module) -> bool:
+    """Whether calling a linear layer gives a tensor, shown by a call where its class has a forward of its own."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    x = torch.zeros(1, features(layer)[1], dtype=layer.weight.dtype, device=layer.weight.device)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return isinstance(layer(x), torch.Tensor)
+        except Exception:  # as of an input that is none of its own
+            return True
 
 
 def _check_convolution(name: str, layer: nn.Module) -> None:
@@ -115,7 +136,6 @@ def check_targets(
     _check_called(model, [name for name, _ in targets])
     if clipped:
         warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
-    _warn_of_unmatched_patterns(config, [name for name, _ in targets])
     if config.base_init is not None and not config.is_from_file:
         _warn_if_pretrained(model, config)
 
@@ -125,8 +145,9 @@ def leave_out(
 ) -> list[tuple[str, nn.Module]]:
     """The targets without those that must not be rotated, where PEFT and not the user chose them.
 
-    That is the output head, which PEFT finds only if it knows the task, and layers whose weight is read by another
-    module, which never calls them. A warning names both, except for a head that `train_rest` trains in full anyway.
+    That is the output head, which PEFT finds only if it knows the task, layers whose weight is read by another module,
+    which never calls them, and routers that return more than a linear layer does. A warning names them, except for a
+    head that `train_rest` trains in full anyway.
 
     Args:
         config: with `target_modules` as PEFT wrote it out.
@@ -151,32 +172,34 @@ def leave_out(
             f"target_modules={requested!r} leaves out layers whose rotations would not train: "
             f"{_readers_as_text(readers)}."
         )
-    return [(name, module) for name, module in targets if name not in readers]
+    targets = [(name, module) for name, module in targets if name not in readers]
+    routers = {name for name, module in targets if isinstance(module, nn.Linear) and not _returns_tensor(module)}
+    if routers:
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in routers})
+        warnings.warn(
+            f"target_modules={requested!r} leaves out {', '.join(without_indexes(sorted(routers)))} of type "
+            f"{', '.join(kinds)}, {_RETURNS_MORE}."
+        )
+    return [(name, module) for name, module in targets if name not in routers]
 
 
 def chosen_by_peft(target_modules: set[str] | str | None) -> bool:
     """Whether `target_modules`, as the user wrote it, leaves the choice of layers to PEFT."""
-    return target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == "all-linear")
+    return target_modules is None or is_all_linear(target_modules)
 
 
-def warn_of_unreached_weights(
-    model: nn.Module, target_modules: set[str] | str | None, target_parameters: Collection[str] = ()
-) -> None:
-    """Warn of what `target_modules`, as the user wrote it, leaves out without saying so.
+def is_all_linear(target_modules: set[str] | str | None) -> bool:
+    """Whether `target_modules`, as the user wrote it, is PEFT's word for all linear layers."""
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
-    That is names that match no module, and in mixtures of experts the experts and the router where transformers holds
-    them as bare parameters: PEFT's "all-linear" and its defaults see only linear layers.
+
+def warn_of_unmatched_names(model: nn.Module, target_modules: set[str] | str | None, experts: Collection[str]) -> None:
+    """Warn of names in `target_modules`, as the user wrote it, that match no module, and of what they may have meant.
+
+    Args:
+        experts: names of the experts' weights that are not rotated.
     """
-    ends = tuple(f".{target}" for target in target_parameters)
-    experts = [name for name in _expert_weights(model) if not f".{name}".endswith(ends)]
-    if chosen_by_peft(target_modules):
-        if experts:
-            warnings.warn(
-                f"target_modules={target_modules!r} does not reach expert weights that are not in linear layers. To "
-                f"rotate them, name them in target_parameters: {', '.join(experts)}."
-            )
-        return
-    if isinstance(target_modules, str):
+    if target_modules is None or isinstance(target_modules, str):
         return
     paths = [name.split(".") for name, _ in model.named_modules()]
     unmatched = sorted(set(target_modules) - {".".join(path[i:]) for path in paths for i in range(len(path))})
@@ -187,33 +210,7 @@ def warn_of_unreached_weights(
         )
 
 
-def _expert_weights(model: nn.Module) -> list[str]:
-    """Names of the matrices of experts and routers outside linear layers, with `*` for the index of a layer."""
-    modules = dict(model.named_modules())
-    owners = {
-        name: module
-        for name, module in modules.items()
-        if any(p.dim() > 1 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Linear | Conv1D)
-    }
-
-    def holds_experts(name: str, module: nn.Module) -> bool:
-        stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        return stacked and "expert" in f"{name.rpartition('.')[2]}.{type(module).__name__}".lower()
-
-    blocks = tuple(
-        name.removesuffix(name.rpartition(".")[2]) for name, module in owners.items() if holds_experts(name, module)
-    )
-    names = [
-        f"{name}.{parameter_name}"
-        for name, module in owners.items()
-        if name.startswith(blocks)
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1
-    ]
-    return _without_indexes(names)
-
-
-def _without_indexes(names: Iterable[str]) -> list[str]:
+def without_indexes(names: Iterable[str]) -> list[str]:
     """Names with `*` for the index of a layer, each once."""
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
 
@@ -254,7 +251,7 @@ def _readers_as_text(readers: dict[str, nn.Module]) -> str:
     for name, reader in readers.items():
         layers.setdefault(type(reader).__name__, []).append(name)
     return "; ".join(
-        f"{reader} computes with the weight of {', '.join(_without_indexes(names))} and does not call the layer"
+        f"{reader} computes with the weight of {', '.join(without_indexes(names))} and does not call the layer"
         for reader, names in layers.items()
     )
 
@@ -352,7 +349,8 @@ def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[s
     return clipped
 
 
-def _warn_of_unmatched_patterns(config: POETConfig, names: list[str]) -> None:
+def warn_of_unmatched_patterns(config: POETConfig, names: Collection[str]) -> None:
+    """Warn of keys of `block_size_pattern` that match none of these names, of all that is rotated."""
     unmatched = [
         pattern
         for pattern in config.block_size_pattern

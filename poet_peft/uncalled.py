@@ -43,16 +43,19 @@ _CONDITIONS: dict[tuple[str, str], Callable[[nn.Module], bool]] = {
 }
 
 
-def reader_of(model: nn.Module, name: str) -> nn.Module | None:
+def reader_of(model: nn.Module, name: str, parameter_name: str = "weight") -> nn.Module | None:
     """The module that reads the weight of the layer `name` itself, or None if the layer is called as it should be.
 
     A module whose source is not to be had counts as one that calls its layers.
+
+    Args:
+        parameter_name: what the weight is called in the layer.
     """
     path = name.split(".")
     for depth in reversed(range(len(path))):
         module = model.get_submodule(".".join(path[:depth]))
         relative = ".".join("*" if part.isdigit() else part for part in path[depth:])
-        if relative in _weights_read_by(type(module)):
+        if relative in _weights_read_by(type(module), parameter_name):
             condition = _CONDITIONS.get((type(module).__name__, relative))
             if condition is None or condition(module):
                 return module
@@ -60,16 +63,16 @@ def reader_of(model: nn.Module, name: str) -> nn.Module | None:
 
 
 @functools.cache
-def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
-    """Paths of the submodules whose `.weight` the methods of a class compute with, `*` for an index."""
+def _weights_read_by(cls: type[nn.Module], parameter_name: str) -> frozenset[str]:
+    """Paths of the submodules whose parameter the methods of a class compute with, `*` for an index."""
     read: set[str] = set()
     for function in _methods(cls):
-        if _names_weight(function.__code__):
+        if _names(function.__code__, parameter_name):
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, TypeError, SyntaxError):
                 continue
-            read.update(_paths_read(tree))
+            read.update(_paths_read(tree, parameter_name))
     return frozenset(read)
 
 
@@ -88,14 +91,14 @@ def _methods(cls: type) -> Iterator[FunctionType]:
             yield function
 
 
-def _names_weight(code: CodeType) -> bool:
-    return "weight" in code.co_names or any(isinstance(c, CodeType) and _names_weight(c) for c in code.co_consts)
+def _names(code: CodeType, name: str) -> bool:
+    return name in code.co_names or any(isinstance(c, CodeType) and _names(c, name) for c in code.co_consts)
 
 
-def _paths_read(tree: ast.AST) -> Iterator[str]:
+def _paths_read(tree: ast.AST, parameter_name: str) -> Iterator[str]:
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
+        if not (isinstance(node, ast.Attribute) and node.attr == parameter_name and isinstance(node.ctx, ast.Load)):
             continue
         parent = parents[node]
         inspected = (

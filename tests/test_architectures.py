@@ -1,7 +1,6 @@
 """Every architecture trains, saves, reloads, merges, and is exported to a model that transformers alone loads."""
 
 import json
-import re
 import subprocess
 import sys
 import warnings
@@ -29,10 +28,6 @@ from transformers import (
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    JetMoeConfig,
-    JetMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -42,8 +37,6 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -52,14 +45,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from poet_peft import POETConfig, merge_and_reinitialize, poet_param_groups
+from poet_peft.experts import ParamWrapper
 from poet_peft.layer import POETLayer
 
 
 # What these tiny models, and mixtures of experts, are told; test_config.py and the end of this file look at it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The block size is larger than the side"),
-    pytest.mark.filterwarnings("ignore:.*does not reach expert weights"),
-    pytest.mark.filterwarnings("ignore:.*leaves out the output head"),
+    pytest.mark.filterwarnings("ignore:.*leaves out "),
 ]
 
 
@@ -110,20 +103,6 @@ def bart():
 
 def mixtral():
     return MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=3))
-
-
-def qwen2_moe():
-    experts = {"num_experts": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**GROUPED, **experts, num_experts_per_tok=2))
-
-
-def gpt_oss():
-    return GptOssForCausalLM(GptOssConfig(**GROUPED, num_local_experts=3, head_dim=12))
-
-
-def jetmoe():
-    sizes = {"vocab_size": 128, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 80}
-    return JetMoeForCausalLM(JetMoeConfig(**sizes, num_key_value_heads=2, kv_channels=12, num_local_experts=3))
 
 
 ARCHITECTURES = {
@@ -442,7 +421,9 @@ def test_export_keeps_the_config(run, name):
 
 
 def rotated(model: PeftModel) -> set[str]:
-    return {name for name, module in model.base_model.model.named_modules() if isinstance(module, POETLayer)}
+    """Names of the layers; experts, which are no layers, are not among them."""
+    modules = model.base_model.model.named_modules()
+    return {name for name, module in modules if isinstance(module, POETLayer) and not isinstance(module, ParamWrapper)}
 
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in ("gpt2", "vit")])
@@ -561,14 +542,7 @@ def test_t5_in_16_bits_keeps_the_layers_that_transformers_loads_in_fp32(dtype, t
     assert relative_error(logits(loaded, batch), trained) <= 2e-2
 
 
-# Mixtures of experts: transformers stacks all experts of a layer into one parameter, which no linear layer holds
-
-MIXTURES = {
-    "mixtral": (mixtral, ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-    "qwen2-moe": (qwen2_moe, ["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-    "gpt-oss": (gpt_oss, ["mlp.router.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-    "jetmoe": (jetmoe, ["mlp.input_linear.weight", "self_attention.experts.output_linear.weight"]),
-}
+# What making a PEFT model warns of
 
 
 def warnings_of(build: Callable[[], PreTrainedModel], **config: Any) -> list[str]:
@@ -579,61 +553,11 @@ def warnings_of(build: Callable[[], PreTrainedModel], **config: Any) -> list[str
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", "All-Linear"])
-@pytest.mark.parametrize("mixture", MIXTURES)
-def test_all_linear_names_the_experts_and_routers_that_it_does_not_reach(mixture, target_modules):
-    build, expected = MIXTURES[mixture]
-    (message,) = warnings_of(build, target_modules=target_modules)
-    assert message.startswith(f"target_modules={target_modules!r} does not reach expert weights")
-    assert {f"model.layers.*.{name}" for name in expected} <= set(
-        message.removesuffix(".").replace(": ", ", ").split(", ")
-    )
-
-
-@pytest.mark.parametrize("mixture", MIXTURES)
-def test_no_layer_that_is_rotated_is_named_as_unreached(mixture):
-    model = poet(MIXTURES[mixture][0](), block_size=2)
-    (message,) = warnings_of(MIXTURES[mixture][0])
-    for name in rotated(model):
-        assert f"{re.sub(r'[.][0-9]+[.]', '.*.', name)}.weight" not in message
-
-
-def test_default_targets_name_the_experts_that_they_do_not_reach():
-    (message,) = warnings_of(mixtral, target_modules=None)
-    assert message.startswith("target_modules=None does not reach expert weights")
-    assert "model.layers.*.mlp.experts.gate_up_proj" in message
-
-
-def test_explicit_targets_that_all_match_are_silent():
-    assert warnings_of(mixtral, target_modules=["q_proj", "o_proj"]) == []
-
-
 def test_dense_model_is_silent():
     assert warnings_of(ARCHITECTURES["llama"].build, target_modules="all-linear") == []
     assert warnings_of(ARCHITECTURES["llama"].build, target_modules=None) == []
 
 
-@pytest.mark.parametrize("expert_names", [["gate_up_proj"], ["w1", "w2", "w3"]], ids=["parameter", "before-5"])
-def test_expert_names_that_match_no_module_are_named_in_a_warning(expert_names):
-    """`w1` and the like were the names of Mixtral's linear layers before transformers 5."""
-    (message,) = warnings_of(mixtral, target_modules=["q_proj", *expert_names])
-    assert f"match no module and were ignored: {expert_names}" in message
-    assert "model.layers.*.mlp.experts.gate_up_proj" in message
-
-
 def test_names_that_match_no_module_are_named_in_a_warning():
     (message,) = warnings_of(ARCHITECTURES["llama"].build, target_modules=["q_proj", "query"])
     assert message == "target_modules has names that match no module and were ignored: ['query']."
-
-
-@pytest.mark.parametrize("target", ["experts", "gate"])
-def test_experts_and_routers_as_targets_are_refused(target):
-    with pytest.raises(TypeError, match=rf"cannot rotate 'model.layers.0.mlp.{target}' of type Mixtral"):
-        poet(mixtral(), target_modules=[target])
-
-
-def test_experts_that_are_rotated_are_not_named_as_unreached():
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    (message,) = warnings_of(mixtral, target_modules="all-linear", target_parameters=names)
-    assert "gate.weight" in message
-    assert not any(name in message for name in names)

@@ -4,147 +4,30 @@ import copy
 
 import pytest
 import torch
-import transformers
-from cases import TRAINING_REGIMES, randomize, relative_error
+from cases import TRAINING_REGIMES, normal, relative_error
+from mixtures import (
+    config,
+    dense_weight,
+    for_both_variants,
+    for_every_model,
+    moe,
+    num_stacks,
+    optimizer_of,
+    rotated,
+    route,
+    stack,
+    train,
+)
 from models import assert_same_state, logits, state, tokens
 from peft import PeftModel, get_peft_model
-from torch import nn
 
-from poet_peft import POETConfig, RotationMuon, fold, merge_and_reinitialize, poet_param_groups
+from poet_peft import POETFoldError, fold, merge_and_reinitialize
 from poet_peft.cli.difference import diff
 from poet_peft.diagnostics import diagnose
 from poet_peft.errors import POETCheckpointError
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
-
-
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "head_dim": 8,
-}
-FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
-MODELS = {
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", FOUR),
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
-    ),
-    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v3": (
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8,
-            "n_group": 2,
-            "topk_group": 1,
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "head_dim": 4,
-            "first_k_dense_replace": 1,
-        },
-    ),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", FOUR),
-    "llama4": (
-        "Llama4ForCausalLM",
-        "Llama4TextConfig",
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "intermediate_size_mlp": 24,
-            "interleave_moe_layer_step": 1,
-        },
-    ),
-}
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-for_every_model = pytest.mark.parametrize("name", MODELS)
-for_both_variants = pytest.mark.parametrize("variant", ["block_stochastic", "fully_stochastic"])
-
-
-def moe(name, dtype=torch.float32, **overrides):
-    cls, config_cls, settings = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_cls)(**{**SIZES, **settings, **overrides})
-    model = getattr(transformers, cls)(config)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if ".experts." in parameter_name:  # some are made without values
-                parameter.copy_(torch.randn(parameter.shape) / 4)
-    return model.to(dtype).eval()
-
-
-def config(**overrides):
-    settings = {"target_modules": [], "target_parameters": EXPERTS, "block_size": 4}
-    return POETConfig(**{**settings, **overrides})
-
-
-def rotated(name, theta=0.4, dtype=torch.float32, **overrides):
-    model = get_peft_model(moe(name, dtype), config(**overrides))
-    randomize(model, theta)
-    return model
-
-
-def train(model, optimizer, seeds):
-    for seed in seeds:
-        input_ids = tokens(seed=seed)
-        model(input_ids=input_ids, labels=input_ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def optimizer_of(model, muon=False):
-    if muon:
-        return RotationMuon(poet_param_groups(model, lr=1e-2, angle=0.05))
-    return torch.optim.AdamW(poet_param_groups(model, lr=1e-2, poet_lr=2e-2))
-
-
-def dense_rotation(layer, side, dim):
-    """`R_e` or `P_e` of all experts in float64, (num_experts, dim, dim), entry by entry from the definition."""
-    rotation = getattr(layer, f"poet_{side}")["default"]
-    num_experts = rotation.partition.groups
-    features, parameters = rotation.index.tolist(), iter(rotation.weight.detach().double().tolist())
-    dense = torch.eye(dim, dtype=torch.float64).repeat(num_experts, 1, 1)
-    b = rotation.partition.block_size
-    for block in (features[start : start + b] for start in range(0, len(features), b)):
-        experts = {feature // dim for feature in block}
-        assert len(experts) == 1
-        Q = torch.zeros(b, b, dtype=torch.float64)
-        for i in range(b):
-            for j in range(i + 1, b):
-                Q[i, j] = next(parameters)
-                Q[j, i] = -Q[i, j]
-        identity = torch.eye(b, dtype=torch.float64)
-        G = (identity + Q) @ torch.linalg.inv(identity - Q)
-        rows = torch.tensor([feature % dim for feature in block])
-        dense[experts.pop(), rows[:, None], rows] = G
-    assert next(parameters, None) is None
-    return dense
-
-
-def stack(layer):
-    """(num_experts, out, in) in float64."""
-    weight = layer.base_parameter.detach().double()
-    return layer.weight_layout.as_matrix(weight)
-
-
-def dense_weight(layer):
-    W = stack(layer)
-    return dense_rotation(layer, "R", W.shape[1]) @ W @ dense_rotation(layer, "P", W.shape[2])
-
-
-def num_stacks(name):
-    return 2 if name == "deepseek_v3" else 4  # whose first layer is dense
+from poet_peft.ops import reference
 
 
 @for_every_model
@@ -201,12 +84,6 @@ def test_every_rotation_gets_a_gradient_and_nothing_else_does(name):
     assert all(weight.grad.any() for weight in rotations)
     reached = [parameter for parameter in model.parameters() if parameter.grad is not None]
     assert len(reached) == len(rotations)
-
-
-def route():
-    """Arguments of a mixture's experts: five tokens, their two experts each, and the weights of these."""
-    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    return hidden, torch.tensor([[0, 2], [1, 2], [3, 0], [2, 1], [0, 3]]), torch.full((5, 2), 0.5)
 
 
 def test_gradients_are_the_finite_differences():
@@ -328,6 +205,43 @@ def test_fold_changes_no_output(name):
     assert relative_error(logits(model), expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@for_both_variants
+def test_reference_of_a_stack_is_every_experts_own_layer(name, variant):
+    _, layer = next(poet_layers(rotated(name, variant=variant)))
+    x, W = normal(4, 5, layer.in_features, dtype=torch.float64), stack(layer)
+    bias = normal(4, layer.out_features, seed=1, dtype=torch.float64)
+    R, P = ([(side.index, [d.double() for d in side.deltas()]) for side in s] for s in layer.sides(["default"]))
+    expected = torch.einsum("eoi,eti->eto", dense_weight(layer), x) + bias[:, None]
+    assert relative_error(reference.poet_linear(x, W, bias, R, P), expected) < 1e-6
+
+
+def without_R(weight, R, P):
+    return reference_weight(weight, [], P)
+
+
+def other_experts(weight, R, P):
+    return reference_weight(weight, R, P).roll(1, 0)
+
+
+def transposed_P(weight, R, P):
+    return reference_weight(weight, R, [(index, [delta.mT for delta in deltas]) for index, deltas in P])
+
+
+reference_weight = reference.effective_weight
+
+
+@pytest.mark.parametrize("broken", [without_R, other_experts, transposed_P])
+def test_fold_that_writes_another_weight_is_undone(broken, monkeypatch):
+    model = rotated("mixtral", merge_interval=10)
+    _, layer = next(poet_layers(model))
+    before = layer.base_parameter.clone()
+    monkeypatch.setattr(reference, "effective_weight", broken)
+    with pytest.raises(POETFoldError, match="changed its output by .*which is not rounding.*put back"):
+        merge_and_reinitialize(model)
+    assert torch.equal(layer.base_parameter, before)
+
+
 def test_original_model_is_there_after_folds_with_a_copy():
     model = rotated("mixtral", merge_interval=10, keep_initial_weights=True)
     merge_and_reinitialize(model)
@@ -374,53 +288,6 @@ def test_gradient_checkpointing_does_not_change_a_bit_of_the_gradients():
         model(input_ids=input_ids, labels=input_ids).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-# Refusals
-
-
-class Bare(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.vector = nn.Parameter(torch.zeros(8))
-        self.inner.stack = nn.Parameter(torch.zeros(3, 8, 8))
-        self.inner.odd = nn.Parameter(torch.zeros(3, 7, 8))
-        self.inner.packed = nn.Parameter(torch.zeros(3, 8, 8, dtype=torch.uint8), requires_grad=False)
-        self.linear = nn.Linear(8, 8)
-        self.other = nn.Module()
-        self.other.tied = self.inner.twin = nn.Parameter(torch.zeros(3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("target", "match"),
-    [
-        ("inner.vector", r"'inner.vector' of shape \(8,\).*Take it out"),
-        ("inner.odd", "'inner.odd': no block of 2 to 4 features divides a group of 7, but 7 does.*block_size_pattern"),
-        ("inner.packed", "'inner.packed' of torch.uint8.*dequantized"),
-        ("linear.weight", "'linear.weight' is the weight of a layer .*target_modules"),
-        ("inner.twin", "'inner.twin': it is shared by .*'other.tied'.*Take it out"),
-        ("inner.missing", "match no parameter: .'inner.missing'"),
-    ],
-)
-def test_parameter_is_refused_by_name_with_a_way_out(target, match):
-    with pytest.raises(ValueError, match=match):
-        get_peft_model(Bare(), config(target_parameters=[target]))
-
-
-def test_drawing_experts_anew_is_refused():
-    with pytest.raises(ValueError, match="base_init='normalized' .*'inner.stack'"):
-        get_peft_model(Bare(), config(target_parameters=["inner.stack"], base_init="normalized", merge_interval=4))
-
-
-def test_memory_efficient_experts_are_refused():
-    with pytest.raises(ValueError, match="memory_efficient=True .*'inner.stack'.*gradient checkpointing"):
-        get_peft_model(Bare(), config(target_parameters=["inner.stack"], memory_efficient=True))
-
-
-def test_one_name_instead_of_a_list_is_refused():
-    with pytest.raises(TypeError, match="target_parameters='experts.down_proj' must be a list"):
-        POETConfig(target_parameters="experts.down_proj")
 
 
 # What other parts of the package make of experts

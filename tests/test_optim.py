@@ -33,6 +33,7 @@ from poet_peft import (
 from poet_peft.layer import poet_layers
 from poet_peft.maths.orthogonal import skew
 from poet_peft.optim import rotation_parameters
+from poet_peft.weights.plain import PlainWeight
 
 
 def trainable(model):
@@ -192,6 +193,14 @@ def test_weight_turned_by_the_angle_of_the_law_changes_by_lr_times_rho():
     plane = torch.tensor([[math.cos(radians), -math.sin(radians)], [math.sin(radians), math.cos(radians)]]).double()
     R = torch.block_diag(*[plane] * (len(W) // 2))
     assert float((R @ W - W).square().mean().sqrt()) == pytest.approx(1e-3 * 0.2, rel=0.06)
+
+
+def test_law_reads_every_weight_once(monkeypatch):
+    model = wrap(llama())
+    read, reads = PlainWeight.read, []
+    monkeypatch.setattr(PlainWeight, "read", lambda weight: reads.append(weight.layer) or read(weight))
+    poet_param_groups(model, lr=1e-3)
+    assert len(reads) == len(set(reads)) == len(list(poet_layers(model)))
 
 
 def test_clamped_angle_is_what_adam_gets():

@@ -175,7 +175,8 @@ def rotated_weight(weight: Tensor, R: Side | None, P: Side | None, identity: boo
     Not differentiable with respect to the weight, and only once with respect to the rotations.
 
     Args:
-        identity: both sides are known to be the identity.
+        weight: (out, in), or at the identity also a stack (num_experts, out, in).
+        identity: both sides are known to be the identity. The result is then a view of the weight.
     """
     tensors, plan = _planned(R, P, tangent=False, memory_efficient=False, identity=identity)
     return _RotatedWeight.apply(weight, *tensors, plan)
@@ -332,16 +333,28 @@ def _weight_centric_at_identity(
     D: Tensor, weight: Tensor, R: SideBlocks | None, P: SideBlocks | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     dtype = (R or P).deltas[0].dtype
-    D, A = D.to(dtype), weight.to(dtype)
     grads_R, grads_P = [], []
     if R is not None:
         for delta, rows in block_slices(R.deltas):
             features = R.ordering.order[rows]
-            left, right = (matrix.index_select(0, features).unflatten(0, delta.shape[:2]) for matrix in (D, A))
+            left, right = (_rows(matrix, features, dtype).unflatten(0, delta.shape[:2]) for matrix in (D, weight))
             grads_R.append(left @ right.mT)
     if P is not None:
         for delta, columns in block_slices(P.deltas):
             features = P.ordering.order[columns]
-            left, right = (matrix.index_select(1, features).unflatten(1, delta.shape[:2]) for matrix in (A, D))
+            left, right = (_columns(matrix, features, dtype).unflatten(1, delta.shape[:2]) for matrix in (weight, D))
             grads_P.append(left.permute(1, 2, 0) @ right.transpose(0, 1))
     return grads_R, grads_P
+
+
+def _rows(matrix: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix, or of a stack (num_experts, rows, columns) in which the rows of all experts are counted on."""
+    if matrix.dim() == 2:
+        return matrix.index_select(0, features).to(dtype)
+    num_rows = matrix.shape[1]
+    return matrix[features // num_rows, features % num_rows].to(dtype)
+
+
+def _columns(matrix: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns of a matrix, or of a stack (num_experts, rows, columns) as (rows, len(features))."""
+    return matrix.index_select(1, features).to(dtype) if matrix.dim() == 2 else _rows(matrix.mT, features, dtype).mT

@@ -164,9 +164,10 @@ def rotated_weight(weight: Tensor, R: Sequence[Side], P: Sequence[Side], identit
 
     Args:
         weight: (out, in), or a stack (num_experts, out, in); frozen.
-        identity: whether all sides are known to be the identity.
+        identity: whether all sides are known to be the identity. The result is then a view of the weight.
     """
-    if _forced_path == "reference" or len(R) > 1 or len(P) > 1 or weight.dim() == 3:
+    is_stack = weight.dim() == 3
+    if _forced_path == "reference" or len(R) > 1 or len(P) > 1 or (is_stack and not identity):
         exact = weight if weight.dtype == torch.float64 else weight.float()
         pairs = ([(side.index, side.deltas()) for side in sides] for sides in (R, P))
         return reference.effective_weight(exact, *pairs).to(weight.dtype)

@@ -1,4 +1,6 @@
-"""The readable definition of a rotated linear layer, `y = R W P x + bias`. Works in any dtype, float64 included.
+"""The readable definition of a rotated linear layer, `y = R W P x + bias`, and of a stack of them.
+
+Works in any dtype, float64 included.
 
 A rotation is a pair `(index, deltas)`: `index` (k,) names the rotated features, `deltas` holds `G - I` of its
 consecutive blocks, a list of batched square matrices (num_blocks, b, b) whose sizes add up to k. All other features
@@ -71,12 +73,19 @@ def poet_linear(
 ) -> Tensor:
     """`R_n ... R_1 W P_1 ... P_n x + bias`: (..., in) -> (..., out). The bias is not rotated.
 
+    Of a stack of weights each expert gets tokens of its own: (num_experts, num_tokens, in) ->
+    (num_experts, num_tokens, out).
+
     Args:
-        weight: (out, in).
+        weight: (out, in), or a stack (num_experts, out, in); see `effective_weight` for its features.
+        bias: (out,), or (num_experts, out).
     """
+    is_stack = weight.dim() == 3
     for rotation in reversed(P):
-        x = rotate(x, rotation)
-    y = F.linear(x, weight)
+        x = _from_rows(rotate(_to_rows(x), rotation), x) if is_stack else rotate(x, rotation)
+    y = x @ weight.mT if is_stack else F.linear(x, weight)
     for rotation in R:
-        y = rotate(y, rotation)
-    return y if bias is None else y + bias.to(y.dtype)
+        y = _from_rows(rotate(_to_rows(y), rotation), y) if is_stack else rotate(y, rotation)
+    if bias is None:
+        return y
+    return y + (bias.unsqueeze(-2) if is_stack else bias).to(y.dtype)
