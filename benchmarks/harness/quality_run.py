@@ -76,9 +76,9 @@ class Run:
 
     @property
     def family(self):
-        """What the run is a run of: the method, its variant, and initial weights if they are the model's own."""
+        """What the run is a run of: the method and its variant."""
         variant = {"block_stochastic": "-bs", "fully_stochastic": "-fs"}.get(self.options.get("config.variant"), "")
-        return self.method + variant + "-usual" * (self.base_init == "usual")
+        return self.method + variant
 
 
 def schedule(step, run):

@@ -12,7 +12,6 @@ RESULTS = Path(__file__).parents[1] / "results" / "quality"
 NAMES = {
     "frozen": "linear layers frozen",
     "adamw": "AdamW",
-    "adamw-usual": "AdamW, usual initial weights",
     "muon": "Muon",
     "lora": "LoRA from scratch",
     "poet-paper": "POET, the paper's recipe",
@@ -20,6 +19,7 @@ NAMES = {
     "poet-ortho-adamw": 'POET, recipe "ortho" with AdamW',
 }
 COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "poet-paper", "poet-ortho", "frozen"])}
+INITIAL_WEIGHTS = {"usual": "the model's own", "normalized": "rows of norm 1", "mup": "spectral norm as mup has it"}
 DATA = {"stdlib": "the source of the Python standard library", "gsm8k": "GSM8K"}
 BASELINE = "adamw"
 NEAR = 1.02  # times the best loss
@@ -139,7 +139,8 @@ def is_bracketed(runs):
 
 def settings_text(run):
     beta2 = run["betas"][1]
-    parts = [f"decay {run['weight_decay']:g}", f"warm-up {100 * run['warmup']:g} %", f"β₂ {beta2:g}"]
+    parts = [f"initial weights: {INITIAL_WEIGHTS[run['base_init']]}", f"decay {run['weight_decay']:g}"]
+    parts += [f"warm-up {100 * run['warmup']:g} %", f"β₂ {beta2:g}"]
     parts += [f"{key.partition('.')[2].replace('_', ' ')} {value}" for key, value in sorted(run["options"].items())]
     return ", ".join(parts)
 
@@ -169,6 +170,18 @@ def tuning_table(results):
         )
     header = ["method", "loss", "over AdamW", "matrix rate", "other rate", "settings", "runs", "bracketed"]
     return table(header, rows)
+
+
+def initial_weights_table(results):
+    """The best loss of each method by its initial weights."""
+    families = tuning_runs(results)
+    kinds = sorted({run["run"]["base_init"] for runs in families.values() for run in runs})
+    rows = []
+    for family, runs in families.items():
+        by_kind = {kind: [run for run in runs if run["run"]["base_init"] == kind] for kind in kinds}
+        cells = [f"{loss_of(by_kind[kind][0]):.3f} ({len(by_kind[kind])})" if by_kind[kind] else "" for kind in kinds]
+        rows.append([name_of(family), *cells])
+    return table(["method", *(INITIAL_WEIGHTS[kind] for kind in kinds)], rows)
 
 
 def cost_table(results):
@@ -288,9 +301,15 @@ text. {first["hardware"]}, fp32; {versions}.
 ### How the settings were chosen
 
 Runs of {shortest} steps ({tokens / 1e6:.2f}M tokens), seed 42. Each method searched its learning rates by factors of 2
-until the best had a worse neighbour on both sides, then weight decay, warm-up and betas, then the rates again.
+until the best had a worse neighbour on both sides, and tried other values of weight decay, warm-up, betas, momentum
+and initial weights, then the rates again. "Bracketed" says whether the search of the rates has come to its end.
 
 {tuning_table(results)}
+
+The initial weights of the linear layers are a setting like any other. The best loss of each method, in brackets the
+number of runs:
+
+{initial_weights_table(results)}
 
 ### What it costs
 
