@@ -70,3 +70,23 @@ def test_measuring_changes_no_bit_of_the_training(tmp_path):
 def test_a_negative_interval_is_refused():
     with pytest.raises(ValueError, match="diagnostics_every=-1"):
         POETCallback(diagnostics_every=-1)
+
+
+def test_memory_speed_rates_and_settings_are_in_the_file(tmp_path):
+    settings = {"max_steps": 4, "include_num_input_tokens_seen": "all"}
+    trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), poet_lr=2e-2, **settings).train()
+    first, second = read_diagnostics(tmp_path / FILE)
+    assert first["learning_rates"]["poet"] == 2e-2 and first["peak_memory"] > 1e6
+    for line in (first, second):  # a step has 4 sequences of 24 tokens
+        assert line["tokens_per_second"] / line["steps_per_second"] == pytest.approx(4 * 24)
+    assert first["settings"]["per_device_train_batch_size"] == 4 and "torch" in first["versions"]
+    assert "settings" not in second
+
+
+def test_speed_and_memory_are_in_the_log(tmp_path):
+    trainer = trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), max_steps=2)
+    trainer.train()
+    log = trainer.state.log_history[1]
+    assert {f"poet/diagnostics/{name}" for name in ("steps_per_second", "peak_memory", "learning_rate/poet")} <= set(
+        log
+    )
