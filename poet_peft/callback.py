@@ -22,6 +22,7 @@ from .diagnostics import (
 )
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
+from .pace import Pace, description, learning_rates, peak_memory
 from .schedule import take_report
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
 
@@ -42,7 +43,9 @@ class POETCallback(TrainerCallback):
     With `diagnostics_every=N`, the model is measured right before the update of every N-th step, so that the rotations
     are those since the last fold: into the log under `poet/diagnostics/...`, and layer by layer into
     `poet_diagnostics.jsonl` in the output folder. A resumed run continues the file. A layer that leaves its range is
-    warned of once, by name. Rotations that are folded after every step are the identity then, and have no angle.
+    warned of once, by name. Rotations that are folded after every step are the identity then, and have no angle. With
+    the measures come steps and tokens a second (tokens with `include_num_input_tokens_seen`), the peak memory in bytes
+    and the learning rates of the groups.
 
     Args:
         clip_ramp_steps: optimizer steps with a tightened clip after each reinitialisation; 0 = none.
@@ -83,6 +86,8 @@ class POETCallback(TrainerCallback):
         self._warned: set[tuple[str, str]] = set()
         self.last_report: MergeReport | None = None
         self._pending: dict[str, float] = {}
+        self._pace = Pace()
+        self._description: dict[str, Any] = {}
         self._merge_interval = 0
 
     def attach(self, trainer: Trainer) -> POETCallback:
@@ -125,8 +130,11 @@ class POETCallback(TrainerCallback):
                     "nothing will be folded. Lower merge_interval, or pass merge_interval=0 for a pure adapter."
                 )
 
-        if self.diagnostics_every and state.is_world_process_zero:
-            _drop_lines_after(Path(args.output_dir) / DIAGNOSTICS_FILE, state.global_step)
+        if self.diagnostics_every:
+            self._pace.start(state.global_step, int(state.num_input_tokens_seen))
+            self._description = description(args, optimizer, model)
+            if state.is_world_process_zero:
+                _drop_lines_after(Path(args.output_dir) / DIAGNOSTICS_FILE, state.global_step)
 
     def on_pre_optimizer_step(
         self,
@@ -162,9 +170,14 @@ class POETCallback(TrainerCallback):
     ) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         diagnostics = diagnose(model, exact=self.exact_diagnostics, optimizer=optimizer)
+        rates = self._pace.rates(step, int(state.num_input_tokens_seen))
         if state.is_world_process_zero:
-            append_diagnostics(diagnostics, Path(args.output_dir) / DIAGNOSTICS_FILE, step)
-        self._pending |= {f"poet/diagnostics/{name}": value for name, value in diagnostics.summary().items()}
+            path = Path(args.output_dir) / DIAGNOSTICS_FILE
+            append_diagnostics(diagnostics, path, step, optimizer, **rates, **self._description)
+            self._description = {}
+        numbers = diagnostics.summary() | rates | {"peak_memory": peak_memory()}
+        numbers |= {f"learning_rate/{name}": rate for name, rate in learning_rates(optimizer).items()}
+        self._pending |= {f"poet/diagnostics/{name}": value for name, value in numbers.items() if value is not None}
         self._warn(model, diagnostics, step)
 
     def _warn(self, model: nn.Module, diagnostics: Diagnostics, step: int) -> None:

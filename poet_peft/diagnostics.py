@@ -1,7 +1,4 @@
-"""What training did to the rotations and to the weights: measures of tensors, and all of them for a model.
-
-Leading dimensions of tensors are always batch.
-"""
+"""What training did to the rotations and weights of a model: all measures, and the file that they are kept in."""
 
 from __future__ import annotations
 
@@ -9,13 +6,26 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layer import POETLayer, poet_layers, rotate_weight
+from .maths.measures import (
+    hyperspherical_energy,
+    rms_angle,
+    rms_singular_value,
+    rotation_angles,
+    rotation_trace,
+    row_rms,
+    spectral_change,
+    spectral_norm,
+    stable_rank,
+    svd_entropy,
+)
 from .maths.spectrum import skew_norm
+from .pace import learning_rates, peak_memory
 from .rotation import Rotation
 from .weights.sharded import full
 
@@ -23,95 +33,15 @@ from .weights.sharded import full
 DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
 
 _NUM_ENERGY_ROWS = 256
-_NUM_ITERATIONS = 16
-
-
-class SpectralChange(NamedTuple):
-    """Relative changes of singular values: the largest and the median, each (...)."""
-
-    largest: Tensor
-    median: Tensor
-
-
-# Weights
-
-
-def spectral_change(before: Tensor, after: Tensor) -> SpectralChange:
-    """`|s'_i - s_i| / s_i` of the sorted singular values of two matrices (..., m, n). Two decompositions."""
-    return _change_of_values(torch.linalg.svdvals(before), torch.linalg.svdvals(after))
-
-
-def _change_of_values(before: Tensor, after: Tensor) -> SpectralChange:
-    change = (after - before).abs() / before.clamp_min(torch.finfo(before.dtype).tiny)
-    return SpectralChange(change.amax(-1), change.quantile(0.5, dim=-1))
-
-
-def svd_entropy(s: Tensor) -> Tensor:
-    """`-sum p_i log(p_i) / log(n)` with `p_i = s_i^2 / sum s^2`: (..., n) -> (...), from 0 (rank 1) to 1 (all equal).
-
-    Alter et al., PNAS 2000. A single value has entropy 0.
-    """
-    p = s.square() / s.square().sum(-1, keepdim=True)
-    return -torch.xlogy(p, p).sum(-1) / math.log(max(s.shape[-1], 2))
-
-
-def hyperspherical_energy(W: Tensor) -> Tensor:
-    """The mean over pairs of rows of `1 / ||w_i - w_j||`, rows scaled to length 1: (..., m, n) -> (...).
-
-    Liu et al., arXiv 1805.09298, with exponent 1. Low where rows are spread evenly over the sphere. One row: 0.
-    """
-    m = W.shape[-2]
-    if m < 2:
-        return W.new_zeros(W.shape[:-2])
-    rows = nn.functional.normalize(W, dim=-1)
-    upper = torch.triu_indices(m, m, 1, device=W.device)
-    gram = (rows @ rows.mT)[..., upper[0], upper[1]]
-    return (2 - 2 * gram).clamp_min(torch.finfo(W.dtype).eps).rsqrt().mean(-1)
-
-
-def spectral_norm(W: Tensor, num_iterations: int = _NUM_ITERATIONS) -> Tensor:
-    """An estimate from below of the largest singular value: (..., m, n) -> (...). Power iteration, fixed start."""
-    return skew_norm(W, num_iterations + 1)  # which iterates on `W^T W`, whatever W is
-
-
-def stable_rank(W: Tensor, norm: Tensor | None = None) -> Tensor:
-    """`||W||_F^2 / ||W||_2^2`: (..., m, n) -> (...). `norm` is the largest singular value, if it is known."""
-    norm = torch.linalg.matrix_norm(W, 2) if norm is None else norm
-    return W.square().sum((-2, -1)) / norm.square().clamp_min(torch.finfo(W.dtype).tiny)
-
-
-def row_rms(W: Tensor) -> Tensor:
-    """The root mean square of each row: (..., m, n) -> (..., m)."""
-    return W.square().mean(-1).sqrt()
-
-
-# Rotations
-
-
-def rotation_angles(Q: Tensor) -> Tensor:
-    """The angles in radians of all planes that the Cayley transform of `Q` turns: (..., n, n) -> (..., n // 2).
-
-    `Q` has eigenvalues `+-i theta`, and the plane of each pair turns by `2 atan(theta)`. A decomposition.
-    """
-    theta = torch.linalg.eigvalsh(1j * Q.to(torch.complex128 if Q.dtype == torch.float64 else torch.complex64))
-    return 2 * torch.atan(theta.flip(-1)[..., : Q.shape[-1] // 2].clamp_min(0))
-
-
-def rms_angle(Q: Tensor) -> Tensor:
-    """`2 atan` of the root mean square `theta` of all planes, by `||Q||_F^2 = 2 sum theta^2`: (..., n, n) -> (...)."""
-    return 2 * torch.atan((Q.square().sum((-2, -1)) / (2 * max(Q.shape[-1] // 2, 1))).sqrt())
-
-
-def rotation_trace(delta: Tensor) -> Tensor:
-    """`trace(G) / n` of `G = I + delta`: (..., n, n) -> (...). The mean cosine of the angle by which `G` turns a
-    random vector: the vector probing of POET, arXiv 2506.08001, in expectation. 1 is the identity, 0 a random turn."""
-    return 1 + delta.diagonal(dim1=-2, dim2=-1).mean(-1)
+_NUM_BINS = 16
+_QUANTILES = 0.0, 0.25, 0.5, 0.75, 1.0
 
 
 def update_counts(layer: POETLayer, adapter: str) -> Tensor:
     """How many of the index sets drawn so far, the current one included, rotate an entry's row or column (out, in).
 
-    Counter of weight updates of POET, arXiv 2506.08001. Even for block-stochastic rotations, which turn all features.
+    How evenly weights are updated, as POET, arXiv 2506.08001, counts it. The same for all entries with
+    block-stochastic rotations, which turn all features.
     """
     state = layer.state(adapter)
     counts = torch.zeros(layer.out_features, layer.in_features, dtype=torch.int32)
@@ -132,10 +62,10 @@ class SideDiagnostics:
 
     Attributes:
         max_angle: of the most-turned plane; an estimate from below unless exact.
-        rms_angle: see `rms_angle`.
-        trace: mean over the rotated features, see `rotation_trace`.
+        rms_angle: root mean square over the planes.
+        trace: `trace(G) / n` over the rotated features: 1 for the identity, 0 for a random rotation.
         orthogonality_error: largest entry of `|G^T G - I|`.
-        angle_histogram: with `exact`, number of planes in 16 equal bins of [0, pi]; else None.
+        angle_histogram: with `exact`, number of planes in 16 equal bins of [0, max_angle]; else None.
         momentum_cosine: cosine between the optimizer's momentum and the gradient; None without either.
     """
 
@@ -155,11 +85,16 @@ class LayerDiagnostics:
 
     Attributes:
         spectral_drift: bound on the relative change of any singular value by the rotations, see `MergeReport`.
-        spectral_norm, stable_rank: power iteration unless exact.
-        energy: `hyperspherical_energy`, of 256 evenly spaced rows unless exact.
-        mean_row_rms: mean of `row_rms`.
-        entropy, largest_change, median_change, coverage: with `exact`, else None: `svd_entropy`, `spectral_change`
-            by the rotations, and the part of the entries with `update_counts > 0`.
+        spectral_norm: the largest singular value; power iteration, from below, unless exact.
+        rms_singular_value: root mean square of the singular values, exact.
+        stable_rank: squares of all singular values over that of the largest.
+        energy: hyperspherical energy of the rows, of 256 evenly spaced ones unless exact.
+        mean_row_rms: mean over the rows of their root mean square.
+        singular_values: with `exact`, the smallest, the quartiles and the largest; else None.
+        entropy: with `exact`, SVD entropy, 1 where all singular values are equal; else None.
+        largest_change, median_change: with `exact`, relative changes of singular values by the rotations; None for a
+            merged adapter, whose weight from before is not read.
+        coverage: with `exact`, part of the weight's entries whose row or column was ever rotated; else None.
     """
 
     name: str
@@ -167,9 +102,11 @@ class LayerDiagnostics:
     sides: list[SideDiagnostics]
     spectral_drift: float
     spectral_norm: float
+    rms_singular_value: float
     stable_rank: float
     energy: float
     mean_row_rms: float
+    singular_values: list[float] | None = None
     entropy: float | None = None
     largest_change: float | None = None
     median_change: float | None = None
@@ -194,7 +131,9 @@ class Diagnostics:
             "max_angle": _largest([side.max_angle for side in sides]),
             "orthogonality_error": _largest([side.orthogonality_error for side in sides]),
             "spectral_drift": _largest([layer.spectral_drift for layer in self.layers]),
+            "rms_angle": _mean([side.rms_angle for side in sides]),
             "trace": _mean([side.trace for side in sides]),
+            "rms_singular_value": _mean([layer.rms_singular_value for layer in self.layers]),
             "stable_rank": _mean([layer.stable_rank for layer in self.layers]),
             "energy": _mean([layer.energy for layer in self.layers]),
         }
@@ -219,6 +158,9 @@ def diagnose(
 ) -> Diagnostics:
     """Measure all rotations and rotated weights of a model, layer by layer. With sharding, every process must call it.
 
+    An adapter is measured as if it were the only one and active: also while adapters are disabled, and while it is
+    merged. Quantized weights are measured as they are dequantized, before the rotations round anything.
+
     Args:
         model: a model with POET layers, wrapped by PEFT or not.
         adapter_name: None = all adapters.
@@ -226,7 +168,8 @@ def diagnose(
         optimizer: for what its state tells.
 
     Raises:
-        ValueError: no layer has the adapter, or a weight cannot be read.
+        ValueError: no layer has the adapter, a weight cannot be read, another adapter is merged into it, or the
+            adapter is scaled.
     """
     items = [
         (layer, adapter)
@@ -250,19 +193,36 @@ def log_diagnostics(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     exact: bool = False,
+    **numbers: Any,
 ) -> Diagnostics:
-    """Measure a model, see `diagnose`, and append one line of JSON to a file, in the main process only."""
+    """Measure a model, see `diagnose`, and append one line of JSON to a file, in the main process only.
+
+    Args:
+        numbers: to be kept in the same line, such as `loss=...` or `steps_per_second=...`. `poet-peft report` draws
+            those that it knows: see `append_diagnostics`.
+    """
     diagnostics = diagnose(model, exact=exact, optimizer=optimizer)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        append_diagnostics(diagnostics, path, step)
+        append_diagnostics(diagnostics, path, step, optimizer, **numbers)
     return diagnostics
 
 
-def append_diagnostics(diagnostics: Diagnostics, path: str | Path, step: int) -> None:
-    """Append one line of JSON to a file, made with its folder where missing."""
+def append_diagnostics(
+    diagnostics: Diagnostics,
+    path: str | Path,
+    step: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    **numbers: Any,
+) -> None:
+    """Append one line of JSON to a file, made with its folder where missing.
+
+    Beside the measures it has the peak memory of this process in bytes, and the learning rates of the optimizer's
+    groups by their names. Of `numbers`, the report draws `loss`, `steps_per_second` and `tokens_per_second`.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    line = {"step": step, "peak_memory": peak_memory(), "learning_rates": learning_rates(optimizer), **numbers}
     with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **diagnostics.as_dict()}) + "\n")
+        file.write(json.dumps(_finite(line) | diagnostics.as_dict()) + "\n")
 
 
 def read_diagnostics(path: str | Path) -> list[dict[str, Any]]:
@@ -279,7 +239,7 @@ def read_diagnostics(path: str | Path) -> list[dict[str, Any]]:
 def _diagnose_layer(
     layer: POETLayer, adapter: str, exact: bool, optimizer: torch.optim.Optimizer | None
 ) -> LayerDiagnostics:
-    layer.base_weight.check_readable(layer.module_name)
+    _check_measurable(layer, adapter)
     sides, smallest, largest = [], 1.0, 1.0
     for rotation in layer.rotations(adapter):
         side, spectrum = _diagnose_side(rotation, exact, optimizer)
@@ -291,26 +251,45 @@ def _diagnose_layer(
     s = torch.linalg.svdvals(W) if exact and bool(torch.isfinite(W).all()) else None
     norm = spectral_norm(W) if s is None else s[..., 0]
     rows = W if exact else W[..., :: max(1, -(-W.shape[-2] // _NUM_ENERGY_ROWS)), :]
-    extra = {}
-    if s is not None:
-        change = None if layer.merged else _change_of_values(torch.linalg.svdvals(before), s)
-        extra = {
-            "entropy": float(svd_entropy(s).mean()),
-            "largest_change": None if change is None else float(change.largest.max()),
-            "median_change": None if change is None else float(change.median.mean()),
-            "coverage": float((update_counts(layer, adapter) > 0).float().mean()) if W.dim() == 2 else None,
-        }
     return LayerDiagnostics(
         layer.module_name,
         adapter,
         sides,
         spectral_drift=_largest([1 - smallest, largest - 1]),
         spectral_norm=float(norm.max()),
+        rms_singular_value=float(rms_singular_value(W).mean()),
         stable_rank=float(stable_rank(W, norm).mean()),
         energy=float(hyperspherical_energy(rows).mean()),
         mean_row_rms=float(row_rms(W).mean()),
-        **extra,
+        **({} if s is None else _of_decomposition(layer, adapter, before, s)),
     )
+
+
+def _check_measurable(layer: POETLayer, adapter: str) -> None:
+    layer.base_weight.check_readable(layer.module_name)
+    if layer.merged and layer.merged_adapters != [adapter]:
+        raise ValueError(
+            f"the weight of {layer.module_name!r} has the adapters {layer.merged_adapters} merged into it, so that "
+            f"{adapter!r} alone cannot be measured. Call unmerge_adapter() first, or pass adapter_name."
+        )
+    if layer.is_scaled(adapter):
+        raise ValueError(
+            f"the adapter {adapter!r} of {layer.module_name!r} has scale={layer.scaling[adapter]:g}, and measures are "
+            "of adapters as trained. Call unscale_layer() on the layer, or set_scale(adapter, 1), first."
+        )
+
+
+def _of_decomposition(layer: POETLayer, adapter: str, before: Tensor, s: Tensor) -> dict[str, Any]:
+    """What needs the singular values (..., n) of the rotated weight."""
+    change = None if layer.merged else spectral_change(torch.linalg.svdvals(before), s)
+    quantiles = s.quantile(torch.tensor(_QUANTILES).to(s), dim=-1).reshape(len(_QUANTILES), -1).mean(1)
+    return {
+        "singular_values": quantiles.tolist(),
+        "entropy": float(svd_entropy(s).mean()),
+        "largest_change": None if change is None else float(change.largest.max()),
+        "median_change": None if change is None else float(change.median.mean()),
+        "coverage": float((update_counts(layer, adapter) > 0).float().mean()) if s.dim() == 1 else None,
+    }
 
 
 def _diagnose_side(
@@ -319,20 +298,20 @@ def _diagnose_side(
     blocks = rotation().blocks()
     num_features = sum(Q.shape[0] * Q.shape[-1] for Q in blocks.Q)
     orthogonality = rotation.orthogonality()
-    usable = all(bool(torch.isfinite(Q).all()) for Q in blocks.Q)
-    angles = torch.cat([rotation_angles(Q).flatten() for Q in blocks.Q]).cpu() if exact and usable else None
-    largest = (
-        [float(2 * torch.atan(skew_norm(Q)).amax()) for Q in blocks.Q] if angles is None else [float(angles.max())]
-    )
-    num_planes = sum(Q.shape[0] * (Q.shape[-1] // 2) for Q in blocks.Q)
-    squares = sum(float(Q.square().sum()) for Q in blocks.Q)
+    histogram = None
+    if exact and all(bool(torch.isfinite(Q).all()) for Q in blocks.Q):
+        angles = torch.cat([rotation_angles(Q).flatten() for Q in blocks.Q]).cpu().float()
+        max_angle = float(angles.max())
+        histogram = [int(n) for n in angles.histc(_NUM_BINS, 0, max_angle or math.pi)]
+    else:
+        max_angle = _largest([float(2 * torch.atan(skew_norm(Q)).amax()) for Q in blocks.Q])
     side = SideDiagnostics(
         rotation.side,
-        max_angle=_largest(largest),
-        rms_angle=2 * math.atan((squares / (2 * max(num_planes, 1))) ** 0.5),
+        max_angle=max_angle,
+        rms_angle=rms_angle(blocks.Q),
         trace=sum(float(rotation_trace(d).sum()) * d.shape[-1] for d in blocks.deltas) / num_features,
         orthogonality_error=orthogonality.error,
-        angle_histogram=None if angles is None else [int(n) for n in angles.float().histc(16, 0, math.pi)],
+        angle_histogram=histogram,
         momentum_cosine=_momentum_cosine(rotation.weight, optimizer),
     )
     return side, orthogonality.spectrum

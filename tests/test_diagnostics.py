@@ -10,6 +10,7 @@ from models import REGIMES, llama, wrap
 
 from poet_peft import diagnostics as d
 from poet_peft.layer import poet_layers
+from poet_peft.maths import measures
 from poet_peft.maths.orthogonal import cayley
 
 
@@ -24,13 +25,13 @@ def skew(*shape):
 
 def test_entropy_of_equal_values_is_1_and_of_rank_one_0():
     s = torch.tensor([[2.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
-    assert d.svd_entropy(s).tolist() == pytest.approx([1.0, 0.0])
+    assert measures.svd_entropy(s).tolist() == pytest.approx([1.0, 0.0])
 
 
 def test_entropy_agrees_with_numpy():
     s = np.linalg.svd(matrices(7, 5).numpy(), compute_uv=False)
     p = s**2 / (s**2).sum()
-    assert float(d.svd_entropy(torch.from_numpy(s))) == pytest.approx(-(p * np.log(p)).sum() / np.log(5))
+    assert float(measures.svd_entropy(torch.from_numpy(s))) == pytest.approx(-(p * np.log(p)).sum() / np.log(5))
 
 
 def test_energy_agrees_with_numpy():
@@ -38,30 +39,29 @@ def test_energy_agrees_with_numpy():
     rows = (W / W.norm(dim=-1, keepdim=True)).numpy()
     pairs = [(i, j) for i in range(6) for j in range(i)]
     expected = [np.mean([1 / np.linalg.norm(w[i] - w[j]) for i, j in pairs]) for w in rows]
-    assert d.hyperspherical_energy(W).tolist() == pytest.approx(expected)
+    assert measures.hyperspherical_energy(W).tolist() == pytest.approx(expected)
 
 
 def test_spectral_norm_and_stable_rank_of_a_known_matrix():
     W = torch.diag(torch.tensor([4.0, 2.0, 2.0], dtype=torch.float64))
-    assert float(d.spectral_norm(W)) == pytest.approx(4.0)
-    assert float(d.stable_rank(W)) == pytest.approx(1.5)
+    assert float(measures.spectral_norm(W)) == pytest.approx(4.0)
+    assert float(measures.stable_rank(W, torch.tensor(4.0))) == pytest.approx(1.5)
 
 
 def test_spectral_change_of_a_scaled_value():
-    before = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
-    change = d.spectral_change(before, torch.diag(torch.tensor([4.4, 2.0, 1.0])))
+    change = measures.spectral_change(torch.tensor([4.0, 2.0, 1.0]), torch.tensor([4.4, 2.0, 1.0]))
     assert [float(change.largest), float(change.median)] == pytest.approx([0.1, 0.0], abs=1e-6)
 
 
 def test_angles_are_those_of_the_eigenvalues_of_the_rotation():
     Q = skew(2, 5, 5)
     phases = np.sort(np.abs(np.angle(np.linalg.eigvals(cayley(Q).numpy()))))[:, ::-1][:, :4:2]
-    np.testing.assert_allclose(d.rotation_angles(Q).numpy(), phases, atol=1e-9)
+    np.testing.assert_allclose(measures.rotation_angles(Q).numpy(), phases, atol=1e-9)
 
 
 def test_trace_is_that_of_the_rotation():
     G = cayley(skew(5, 5))
-    assert float(d.rotation_trace(G - torch.eye(5))) == pytest.approx(float(G.trace()) / 5)
+    assert float(measures.rotation_trace(G - torch.eye(5))) == pytest.approx(float(G.trace()) / 5)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -101,10 +101,42 @@ def test_a_line_cut_off_is_left_out(tmp_path):
     assert [line["step"] for line in d.read_diagnostics(path)] == [3]
 
 
-def test_rms_angle_of_two_known_planes():
-    Q = torch.zeros(4, 4, dtype=torch.float64)
-    Q[0, 1], Q[2, 3] = 0.3, 0.1
-    assert float(d.rms_angle(Q - Q.mT)) == pytest.approx(2 * math.atan(math.sqrt((0.09 + 0.01) / 2)))
+def test_rms_angle_of_known_planes_in_blocks_of_two_sizes():
+    Q = torch.zeros(1, 4, 4, dtype=torch.float64)
+    Q[0, 0, 1], Q[0, 2, 3] = 0.3, 0.1
+    small = torch.tensor([[0.0, 0.2, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)[None]
+    expected = 2 * math.atan(math.sqrt((0.09 + 0.01 + 0.04) / 3))
+    assert measures.rms_angle([Q - Q.mT, small - small.mT]) == pytest.approx(expected)
+
+
+def test_rms_angle_of_a_side_is_that_of_its_planes():
+    model = wrap(llama(num_hidden_layers=1), "exact_cayley")  # 48 features in blocks of 20, 20 and 8
+    layer = next(layer for _, layer in poet_layers(model))
+    Q = [block for block in layer.rotations("default")[0]().blocks().Q]
+    thetas = torch.cat([(measures.rotation_angles(block) / 2).tan().flatten() for block in Q])
+    expected = 2 * math.atan(float(thetas.square().mean().sqrt()))
+    assert d.diagnose(model).layers[0].sides[0].rms_angle == pytest.approx(expected, rel=1e-5)
+
+
+def test_rms_singular_value_agrees_with_numpy():
+    W = matrices(2, 7, 5)
+    expected = np.sqrt((np.linalg.svd(W.numpy(), compute_uv=False) ** 2).mean(-1))
+    np.testing.assert_allclose(measures.rms_singular_value(W).numpy(), expected)
+
+
+def test_exact_singular_values_are_quantiles_of_the_rotated_weight():
+    model = wrap(llama(num_hidden_layers=1), "block_stochastic")
+    layer = next(layer for _, layer in poet_layers(model))
+    s = np.linalg.svd(layer.rotated_weight(["default"]).detach().numpy(), compute_uv=False)
+    measured = d.diagnose(model, exact=True).layers[0]
+    assert measured.singular_values == pytest.approx(np.quantile(s, [0, 0.25, 0.5, 0.75, 1]), rel=1e-4)
+    assert measured.spectral_norm == pytest.approx(s.max(), rel=1e-5)
+
+
+def test_histogram_counts_every_plane_up_to_the_largest_angle():
+    model = wrap(llama(num_hidden_layers=1), "block_stochastic")
+    side = d.diagnose(model, exact=True).layers[0].sides[0]
+    assert sum(side.angle_histogram) == 48 // 2 and side.angle_histogram[-1] >= 1
 
 
 def test_fully_stochastic_index_sets_cover_the_rows_and_columns_drawn():

@@ -1,8 +1,13 @@
 """`POETCallback(diagnostics_every=N)` in runs of transformers' Trainer."""
 
+import json
+import sqlite3
+from importlib.util import find_spec
+
 import pytest
 import torch
 from models import wrap
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import llama, trainer_of
 
 from poet_peft import POETCallback
@@ -70,3 +75,54 @@ def test_measuring_changes_no_bit_of_the_training(tmp_path):
 def test_a_negative_interval_is_refused():
     with pytest.raises(ValueError, match="diagnostics_every=-1"):
         POETCallback(diagnostics_every=-1)
+
+
+def test_memory_speed_rates_and_settings_are_in_the_file(tmp_path):
+    settings = {"max_steps": 4, "include_num_input_tokens_seen": "all"}
+    trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), poet_lr=2e-2, **settings).train()
+    first, second = read_diagnostics(tmp_path / FILE)
+    assert first["learning_rates"]["poet"] == 2e-2 and first["peak_memory"] > 1e6
+    for line in (first, second):  # a step has 4 sequences of 24 tokens
+        assert line["tokens_per_second"] / line["steps_per_second"] == pytest.approx(4 * 24)
+    assert first["settings"]["per_device_train_batch_size"] == 4 and "torch" in first["versions"]
+    assert "settings" not in second
+
+
+def test_speed_and_memory_are_in_the_log(tmp_path):
+    trainer = trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), max_steps=2)
+    trainer.train()
+    log = trainer.state.log_history[1]
+    assert {f"poet/diagnostics/{name}" for name in ("steps_per_second", "peak_memory", "learning_rate/poet")} <= set(
+        log
+    )
+
+
+def test_tensorboard_gets_every_measurement(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = trainer_of(wrap(llama()), tmp_path / "run", max_steps=4, report_to=["tensorboard"])
+    POETCallback(diagnostics_every=2).attach(trainer)
+    trainer.train()
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    drawn = {
+        tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"] if "diagnostics" in tag
+    }
+    for line in read_diagnostics(tmp_path / "run" / FILE):
+        for name, value in line["summary"].items():
+            points = drawn[f"train/poet/diagnostics/{name}"]
+            assert (line["step"], pytest.approx(value, rel=1e-6)) in points and len(points) == 2
+
+
+@pytest.mark.skipif(
+    find_spec("trackio") is None, reason="trackio asks for pillow<13, which what else is tested has not"
+)
+def test_trackio_gets_every_measurement_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trainer = trainer_of(wrap(llama()), tmp_path / "run", max_steps=4, report_to=["trackio"], project="poet")
+    POETCallback(diagnostics_every=2).attach(trainer)
+    trainer.train()
+    with sqlite3.connect(tmp_path / "trackio" / "poet.db") as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+    kept = [row["train/poet/diagnostics/max_angle"] for row in rows if "train/poet/diagnostics/max_angle" in row]
+    lines = read_diagnostics(tmp_path / "run" / FILE)
+    assert kept == pytest.approx([line["summary"]["max_angle"] for line in lines]) and len(kept) == 2

@@ -1,15 +1,24 @@
-"""`write_report`: one page about runs, from whatever a run has left."""
+"""`write_report`: one page about runs, from whatever a run has left, and what a browser makes of it."""
 
 import html.parser
+import itertools
+import math
+import os
 import re
 import shutil
+from pathlib import Path
 
 import models
 import pytest
+from browser import NAMES, Browser, find_browser
 from test_trainer import trainer_of
 
 from poet_peft import POETCallback
 from poet_peft.report import write_report
+from poet_peft.report.charts import sections
+from poet_peft.report.run import Run
+from poet_peft.report.svg import heat_map, line_chart
+from poet_peft.report.verdict import verdict
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +27,7 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     for name, num_steps in (("whole", 6), ("broken", 12)):
         callback = POETCallback(diagnostics_every=2, exact_diagnostics=True)
-        settings = {"max_steps": num_steps, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+        settings = {"max_steps": num_steps, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch"}
         trainer = trainer_of(models.wrap(models.llama(), "periodic"), directory / name, callback, **settings)
         trainer.train()
         trainer.save_model()
@@ -74,8 +83,23 @@ def test_both_runs_are_in_one_chart(runs):
     assert chart[: chart.index("</svg>")].count("<polyline") + chart[: chart.index("</svg>")].count("<path") >= 2
 
 
-def test_layer_that_turned_furthest_is_on_the_page(runs):
-    assert "self_attn" in page(runs, "whole") or "q_proj" in page(runs, "whole")
+HEADINGS = [
+    "Training loss", "Learning rates", "Gradient norm", "Largest angle (degrees)", "Phases of whole",
+    "Bound on the change of singular values", "Largest angle of a fold (degrees)", "Singular values of whole",
+    "Change of the spectrum since the first measurement", "SVD entropy", "Hyperspherical energy",
+    "Peak memory so far (MB)", "Steps a second", "Adapter", "Versions",
+]  # fmt: skip
+
+
+def test_page_has_everything_that_a_run_leaves(runs):
+    text = page(runs, "whole")
+    assert [heading for heading in HEADINGS if heading not in text] == []
+    assert "per device train batch size" in text and "block size" in text
+
+
+def test_angles_are_by_number_and_kind_of_layer(runs):
+    text = page(runs, "whole")
+    assert re.search(r"<title>0 q_proj: [\d.]+°</title>", text) and re.search(r"<title>1 down_proj: ", text)
 
 
 def test_folder_without_a_run_is_refused_by_name(runs, tmp_path):
@@ -86,3 +110,207 @@ def test_folder_without_a_run_is_refused_by_name(runs, tmp_path):
 def test_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="runs is empty"):
         write_report([], tmp_path / "report.html")
+
+
+# What a chart or a sentence says, of made-up numbers
+
+
+def line(step, *layers, **numbers):
+    return {"step": step, "summary": {}, "layers": list(layers), **numbers}
+
+
+def layer(name="model.layers.0.q_proj", angle=0.1, drift=1e-7, error=1e-7, **numbers):
+    side = {"side": "R", "max_angle": angle, "orthogonality_error": error}
+    return {"name": name, "adapter": "default", "spectral_drift": drift, "sides": [side], **numbers}
+
+
+def bad(run):
+    return [sentence.text for sentence in verdict(run) if sentence.kind == "bad"]
+
+
+def titles(*runs):
+    return [chart.title for charts in sections(list(runs)).values() for chart in charts]
+
+
+OUT_OF_RANGE = {
+    "drift": (layer(drift=0.02), "singular values may change by 2 %"),
+    "angle": (layer(angle=math.pi * 0.75), "turned by 135 degrees"),
+    "orthogonality": (layer(error=0.06), "0.06 from orthogonal"),
+    "not finite": (layer(drift=None), "not finite"),
+}
+
+
+@pytest.mark.parametrize(("broken", "says"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_first_layer_out_of_range_is_named_with_its_step(broken, says):
+    broken = {**broken, "name": "model.layers.3.up_proj"}
+    run = Run("run", diagnostics=[line(1, layer()), line(2, layer(), broken), line(3, broken)])
+    run.config = {"max_drift": 0.01}
+    (text,) = bad(run)
+    assert says in text and "model.layers.3.up_proj" in text and "at step 2" in text
+
+
+def test_run_in_range_is_praised():
+    run = Run("run", diagnostics=[line(step, layer(rms_singular_value=1.0)) for step in (1, 2)])
+    assert [sentence.kind for sentence in verdict(run)] == ["note", "good", "good"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"rms_singular_value": 2.0}, {"rms_singular_value": 2.4}),
+        ({"singular_values": [1.0, 2.0]}, {"singular_values": [1.2, 2.0]}),
+    ],
+    ids=["root mean square", "exact"],
+)
+def test_spectrum_that_moved_is_told_by_how_much(before, after):
+    run = Run("run", diagnostics=[line(1, layer(**before)), line(9, layer(**after))])
+    (text,) = bad(run)
+    assert "changed by 20 %" in text and "from step 1 to 9" in text
+
+
+def test_loss_that_rose_and_loss_that_broke_are_told():
+    assert "did not fall" in bad(Run("run", log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}]))[0]
+    assert "not finite at step 2" in bad(Run("run", log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}]))[0]
+
+
+def test_rotations_folded_after_every_step_have_no_charts_of_angles():
+    summary = {"max_angle": 0.0, "rms_angle": 0.0, "trace": 1.0}
+    run = Run("run", diagnostics=[line(step, layer(angle=0.0)) | {"summary": summary} for step in (1, 2)])
+    run.log = [{"step": 1, "loss": 2.0, "poet/max_rotation_angle": 0.01}]
+    assert "Largest angle of a fold (degrees)" in titles(run)
+    assert not any("angle" in title.lower() and "fold" not in title for title in titles(run))
+    assert any("folded into the weights after every step" in sentence.text for sentence in verdict(run))
+
+
+def test_own_loop_has_its_loss_and_rates_drawn():
+    run = Run("run", diagnostics=[line(step, loss=3.0 - step, learning_rates={"poet": 0.1}) for step in (1, 2)])
+    assert titles(run) == ["Training loss", "Learning rates"]
+    assert "fell: 2.000 at first, 1.000 at last" in verdict(run)[1].text
+
+
+def test_one_run_keeps_its_colour_where_the_other_has_nothing():
+    runs = [Run("one"), Run("two", log=[{"step": 1, "grad_norm": 1.0}, {"step": 2, "grad_norm": 2.0}])]
+    (chart,) = sections(runs)["Training"]
+    assert chart.legend == [(1, "two")] and 'class="line c1"' in chart.svg and 'class="line c0"' not in chart.svg
+
+
+def test_phases_are_counted_by_their_angle():
+    side = {"side": "R", "max_angle": 1.0, "angle_histogram": [0] * 15 + [8], "orthogonality_error": 0.0}
+    wide = {**side, "side": "P", "max_angle": 2.0}  # whose last bin is twice as far
+    run = Run("run", diagnostics=[line(1, layer() | {"sides": [side, wide]}) | {"summary": {"max_angle": 2.0}}])
+    chart = next(chart for chart in sections([run])["Rotations since the last fold"] if "Phases" in chart.title)
+    R, P = re.findall(r'points="([^"]+)"', chart.svg)
+    highest = [
+        max(x for x, y in corners_of(points) if y == min(y for _, y in corners_of(points))) for points in (R, P)
+    ]
+    left, right = (f(x for x, _ in corners_of(R)) for f in (min, max))
+    assert [(x - left) / (right - left) for x in highest] == pytest.approx([0.5, 1.0], abs=0.05)
+
+
+def corners_of(points):
+    return [tuple(map(float, point.split(","))) for point in points.split()]
+
+
+def ticks_of(svg):
+    return [float(text) for text in re.findall(r'text-anchor="end">([\d.e-]+)</text>', svg)][:-1]
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [4.601, 4.602], [3.0, 3.0], [0.0, 0.0], [-2.0, 5.0], [11.0, 9999.0]])
+def test_ticks_are_round_different_and_enclose_the_values(values):
+    ticks = ticks_of(line_chart("chart", [("run", list(enumerate(values)))]))
+    assert 3 <= len(ticks) <= 7 and ticks == sorted(set(ticks))
+    assert ticks[0] <= min(values) and ticks[-1] >= max(values)
+
+
+def test_numbers_far_from_1_share_a_power_of_ten():
+    assert "×1e6<" in line_chart("chart", [("run", [(0, 2.5e6), (1, 4e6)])])
+    assert "×1e-5<" in line_chart("chart", [("run", [(0, 2e-5), (1, 4e-5)])])
+
+
+def test_logarithmic_axis_leaves_out_zeros_and_has_equal_decades():
+    svg = line_chart("chart", [("run", [(0, 1e-6), (1, 1e-4), (2, 1e-2), (3, 0.0)])], log=True)
+    heights = [y for _, y in corners_of(re.search(r'<polyline[^>]+points="([^"]+)"', svg)[1])]
+    assert len(heights) == 3 and heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+
+
+def test_long_series_keep_their_spike():
+    points = [(float(step), 1.0) for step in range(10_000)]
+    points[5_003] = (5_003.0, 9.0)
+    corners = corners_of(re.search(r'<polyline[^>]+points="([^"]+)"', line_chart("chart", [("run", points)]))[1])
+    heights = [y for _, y in corners]
+    assert len(corners) <= 400 and heights.count(min(heights)) == 1 and min(heights) < max(heights) - 100
+
+
+def test_names_of_runs_and_layers_cannot_break_the_page():
+    name = "<script>alert(1)</script>"
+    assert "<script" not in line_chart(name, [(name, [(0, 1.0), (1, 2.0)])])
+    assert "<script" not in heat_map(name, "", [name], [name], {(name, name): 1.0})
+
+
+# In a browser
+
+LOOKS = list(itertools.product([1400, 390], [False, True]))
+
+
+@pytest.fixture(scope="module")
+def looks(runs, tmp_path_factory):
+    """The page of two runs as a browser shows it, by width and darkness.
+
+    REPORT_PICTURES names a folder to keep the screenshots in.
+    """
+    browser = find_browser()
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the PATH")
+    pictures = Path(os.environ.get("REPORT_PICTURES") or tmp_path_factory.mktemp("pictures"))
+    pictures.mkdir(parents=True, exist_ok=True)
+    path = write_report([runs / "whole", runs / "broken"], pictures / "report.html")
+    with Browser(browser) as opened:
+        return {
+            (width, dark): opened.look(path, width, dark, pictures / f"{width}-{'dark' if dark else 'light'}.png")
+            for width, dark in LOOKS
+        }
+
+
+at_every_width = pytest.mark.parametrize(("width", "dark"), LOOKS)
+
+
+@at_every_width
+def test_browser_reports_no_error(looks, width, dark):
+    assert looks[width, dark].errors == []
+
+
+@at_every_width
+def test_every_picture_is_there_and_readable(looks, width, dark):
+    pictures = looks[width, dark].measured["pictures"]
+    assert len(pictures) > 15
+    for picture in pictures:
+        left, top, right, bottom = picture["box"]
+        assert right - left > 250 and bottom - top > 50 and picture["shapes"] and picture["texts"], picture
+        # Text of 12 pixels, as far as the picture is not drawn smaller.
+        assert picture["scale"] > 0.85, picture
+
+
+@at_every_width
+def test_nothing_is_cut_off(looks, width, dark):
+    measured = looks[width, dark].measured
+    assert measured["scrolls_by"] == 0 and measured["outside"] == []
+    assert all(picture["box"][2] <= width for picture in measured["pictures"])
+
+
+def brightness(color):
+    return sum(map(float, re.findall(r"[\d.]+", color)[:3]))
+
+
+@at_every_width
+def test_ink_stands_out_from_the_page(looks, width, dark):
+    measured = looks[width, dark].measured
+    assert (brightness(measured["background"]) < 200) == dark
+    for ink in [measured["ink"], *measured["text_ink"]]:
+        assert abs(brightness(ink) - brightness(measured["background"])) > 250
+
+
+def test_browser_would_report_errors(looks, tmp_path):
+    page = tmp_path / "broken.html"
+    page.write_text("<!doctype html><img src='nowhere.png'><script>undefined_name()</script>")
+    with Browser(find_browser()) as opened:
+        assert len(opened.look(page, 390).errors) >= 2

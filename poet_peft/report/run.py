@@ -12,6 +12,8 @@ from ..files.json_object import read_json_object
 
 _STEP_OF_CHECKPOINT = "checkpoint-"
 
+Series = list[tuple[float, float]]
+
 
 @dataclass
 class Run:
@@ -34,13 +36,61 @@ class Run:
     max_steps: int = 0
     missing: list[str] = field(default_factory=list)
 
-    def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of a key of the log, or of the diagnostics' summary if it begins with "summary/"."""
-        rows = self.log
-        if key.startswith("summary/"):
-            rows, key = [{"step": line["step"], **line.get("summary", {})} for line in self.diagnostics], key[8:]
-        points = [(row.get("step"), row.get(key)) for row in rows]
+    def series(self, key: str) -> Series:
+        """(step, value) of a key of the log, or of the diagnostics if it has a prefix: "summary/", "line/" for what
+        stands beside the measures, "learning_rates/"."""
+        kind, _, name = key.partition("/")
+        if kind == "line":
+            rows = self.diagnostics
+        elif kind in ("summary", "learning_rates"):
+            rows = [{"step": line["step"], **(line.get(kind) or {})} for line in self.diagnostics]
+        else:
+            rows, name = self.log, key
+        points = [(row.get("step"), row.get(name)) for row in rows]
         return [(float(x), float(y)) for x, y in points if isinstance(x, int | float) and isinstance(y, int | float)]
+
+    def losses(self) -> Series:
+        """Of training: of Trainer's log, else of an own loop's lines."""
+        return self.series("loss") or self.series("line/loss")
+
+    def learning_rates(self) -> dict[str, Series]:
+        """By name of the parameter group, where diagnostics have them; else the one that Trainer logs, as ""."""
+        names = list(dict.fromkeys(name for line in self.diagnostics for name in line.get("learning_rates") or {}))
+        by_name = {name: self.series(f"learning_rates/{name}") for name in names}
+        return by_name or {"": self.series("learning_rate")}
+
+    def spectral_change(self) -> Series:
+        """(step, largest relative change of any layer since the first measurement).
+
+        Of the smallest and the largest singular value and the quartiles where they were measured, else of the root
+        mean square of the singular values.
+        """
+        first: dict[tuple[str, str], list[float]] = {}
+        points = []
+        for line in self.diagnostics:
+            changes = []
+            for layer in line.get("layers", []):
+                values = self._spectrum(layer)
+                before = first.setdefault((layer["name"], layer["adapter"]), values)
+                if len(before) == len(values):
+                    changes += [abs(b - a) / a for a, b in zip(before, values, strict=True) if a > 0]
+            if changes:
+                points.append((float(line["step"]), max(changes)))
+        return points
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether singular values were measured one by one."""
+        return any(layer.get("singular_values") for line in self.diagnostics for layer in line.get("layers", []))
+
+    def _spectrum(self, layer: dict[str, Any]) -> list[float]:
+        values = layer.get("singular_values") if self.is_exact else [layer.get("rms_singular_value")]
+        return [value for value in values or [] if value is not None]
+
+    def described(self, kind: str) -> dict[str, Any]:
+        """`settings` or `versions` as the diagnostics have them, of the last start; else those of `metrics.json`."""
+        lines = [line[kind] for line in self.diagnostics if isinstance(line.get(kind), dict)]
+        return lines[-1] if lines else self.metrics.get(kind) or {}
 
     @property
     def last_step(self) -> int:
