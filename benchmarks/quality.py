@@ -44,12 +44,17 @@ ORTHO = Choice(
         {"options": {"optimizer.momentum": 0.9}},
     )
 )
+INIT_SCALE = Choice(
+    tuple(
+        {"options": lambda run, scale=scale: {**run.options, "config.base_init_scale": scale}} for scale in (0.5, 0.7)
+    )
+)
 MODEL_INIT = Choice(({"base_init": "usual"},))
 COORDINATES = {
     "frozen": [Rate("lr")],
     "adamw": [*RATES, *CHOICES, MODEL_INIT],
     "muon": [MODEL_INIT, *RATES, Choice(({"options": {"optimizer.momentum": 0.9}},)), *CHOICES],
-    "poet-ortho": [*RATES, ORTHO, *CHOICES, MODEL_INIT],
+    "poet-ortho": [*RATES, ORTHO, *CHOICES, MODEL_INIT, INIT_SCALE],
 }
 # Each part of the recipe left out, or changed, at the best settings of it.
 PARTS = {
