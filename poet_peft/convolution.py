@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .layer import RotatedModule
 from .ops.paths import rotated_weight
 from .ops.sides import Side, with_identity_check
+from .rotated_module import RotatedModule
 from .weights.plain import is_plain
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import RotatedModule
 from .ops.input_centric import rotate
+from .rotated_module import RotatedModule
 from .weights.plain import is_plain
 
 

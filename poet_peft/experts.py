@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .config import POETConfig
-from .layer import RotatedModule
 from .ops.paths import rotated_weight
 from .ops.sides import Side, with_identity_check
+from .rotated_module import RotatedModule
 from .weights.layout import WeightLayout
 from .weights.plain import PlainWeight, RotatedSide
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from .config import POETConfig
@@ -19,23 +19,27 @@ from .delta import DeltaWeight
 from .dial import ScaledAdapters
 from .errors import POETCheckpointError
 from .maths.blocks import partition_side
-from .mixed_batch import mixed_forward
 from .ops import reference
 from .ops.sides import Side
 from .original import OriginalModel
 from .rotation import Rotation
-from .state import AdapterState
+from .state import AdapterState, AdapterStates
 from .weights import base_weight_of
 from .weights.base import BaseWeight
 from .weights.layout import WeightLayout
 from .weights.plain import RotatedSide, features, layout_of, rotated_sides
 from .weights.residual import LOW_PRECISION, zero_residual
-from .weights.sharded import keep_replicas_equal, mesh_of
+from .weights.sharded import mesh_of
 
 
 # In the order of their making, which is the same in every process: folds of sharded weights are collective.
 _layers: weakref.WeakKeyDictionary[POETLayer, int] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
+
+
+def register_layer(layer: POETLayer) -> None:
+    """Count a layer among the living ones: a new one, or one that was copied or unpickled."""
+    _layers[layer] = next(_numbers)
 
 
 def living_layers() -> list[POETLayer]:
@@ -50,7 +54,7 @@ def poet_layers(model: nn.Module) -> Iterator[tuple[str, POETLayer]]:
             yield name, module
 
 
-class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
+class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
     """Rotations of all adapters around one base layer.
 
     Attributes:
@@ -88,7 +92,7 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
-        _layers[self] = next(_numbers)
+        register_layer(self)
 
     @property
     def base_weight(self) -> BaseWeight:
@@ -173,32 +177,6 @@ class POETLayer(DeltaWeight, ScaledAdapters, OriginalModel, BaseTunerLayer):
     def rotations(self, adapter_name: str) -> list[Rotation]:
         """The adapter's rotations of this layer: both sides, or the one that has more than one feature."""
         return [side[adapter_name] for side in (self.poet_R, self.poet_P) if adapter_name in side]
-
-    def state_at_start(self, adapter_name: str) -> AdapterState:
-        """The state of the adapter before it was trained."""
-        config = self.poet_config[adapter_name]
-        block_sizes = {rotation.side: rotation.partition.block_size for rotation in self.rotations(adapter_name)}
-        return AdapterState.at_start(config.seed, config.map, block_sizes, self.weight_layout)
-
-    def state(self, adapter_name: str) -> AdapterState:
-        """The adapter's state. Read from the device only when its tensor was written by somebody else."""
-        tensor = self.poet_state[adapter_name]
-        if tensor.is_inference():
-            return AdapterState.of(tensor)
-        known = self._states.get(adapter_name)
-        if known is None or known[0] is not tensor or known[1] != tensor._version:
-            known = self._states[adapter_name] = (tensor, tensor._version, AdapterState.of(tensor))
-        return known[2]
-
-    def advance(self, adapter_name: str, **counters: int) -> AdapterState:
-        """Add to counters of the adapter's state, such as `num_steps=1`. Returns the new state."""
-        state = self.state(adapter_name)
-        tensor = self.poet_state[adapter_name]
-        for name, number in counters.items():
-            tensor[AdapterState._fields.index(name)] += number
-        state = state._replace(**{name: getattr(state, name) + number for name, number in counters.items()})
-        self._states[adapter_name] = (tensor, tensor._version, state)
-        return state
 
     def is_periodic(self, adapter_name: str) -> bool:
         """Whether the adapter is folded into the weight in training (`merge_interval > 0`)."""
@@ -362,43 +340,3 @@ def rotate_weight(weight: Tensor, R: list[Side], P: list[Side]) -> Tensor:
     """`R_n ... R_1 W P_1 ... P_n` of a weight (out, in), by the reference: what is written is never approximate."""
     pairs = ([(side.index, side.blocks().deltas) for side in sides] for sides in (R, P))
     return reference.effective_weight(weight, *pairs)
-
-
-class RotatedModule(nn.Module, POETLayer):
-    """What the rotated layers of all kinds have in common as modules."""
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: POETConfig, module_name: str, **kwargs: Any
-    ) -> None:
-        super().__init__()
-        POETLayer.__init__(self, base_layer, module_name, **kwargs)
-        self._active_adapter = adapter_name
-        self.train(base_layer.training)
-        self.update_layer(adapter_name, config)
-
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._original_forward(*args, **kwargs)
-        self.check_base_weight_was_loaded()
-        if adapter_names is not None:
-            return mixed_forward(self, adapter_names, *args, **kwargs)
-        adapters = self._active_here()
-        if self.merged or not adapters:
-            return self.base_layer(*args, **kwargs)
-        if torch.is_grad_enabled():
-            for rotation in itertools.chain.from_iterable(map(self.rotations, adapters)):
-                if rotation.mesh is not None:
-                    keep_replicas_equal(rotation.weight, rotation.mesh)
-        return self._rotated_forward(adapters, *args, **kwargs)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, or of a pickle
-        _layers[self] = next(_numbers)
-
-    def __repr__(self) -> str:
-        return "poet." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)

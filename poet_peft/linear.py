@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer import RotatedModule
 from .ops.input_centric import rotate
 from .ops.paths import choose_path, poet_linear
 from .ops.sides import Side, with_identity_check
+from .rotated_module import RotatedModule
 from .weights.plain import is_plain
 
 

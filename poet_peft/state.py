@@ -51,3 +51,33 @@ class AdapterState(NamedTuple):
 
     def tensor(self) -> Tensor:
         return torch.tensor(self, dtype=torch.int64)
+
+
+class AdapterStates:
+    """The part of a rotated layer that reads and advances the states of its adapters."""
+
+    def state_at_start(self, adapter_name: str) -> AdapterState:
+        """The state of the adapter before it was trained."""
+        config = self.poet_config[adapter_name]
+        block_sizes = {rotation.side: rotation.partition.block_size for rotation in self.rotations(adapter_name)}
+        return AdapterState.at_start(config.seed, config.map, block_sizes, self.weight_layout)
+
+    def state(self, adapter_name: str) -> AdapterState:
+        """The adapter's state. Read from the device only when its tensor was written by somebody else."""
+        tensor = self.poet_state[adapter_name]
+        if tensor.is_inference():
+            return AdapterState.of(tensor)
+        known = self._states.get(adapter_name)
+        if known is None or known[0] is not tensor or known[1] != tensor._version:
+            known = self._states[adapter_name] = (tensor, tensor._version, AdapterState.of(tensor))
+        return known[2]
+
+    def advance(self, adapter_name: str, **counters: int) -> AdapterState:
+        """Add to counters of the adapter's state, such as `num_steps=1`. Returns the new state."""
+        state = self.state(adapter_name)
+        tensor = self.poet_state[adapter_name]
+        for name, number in counters.items():
+            tensor[AdapterState._fields.index(name)] += number
+        state = state._replace(**{name: getattr(state, name) + number for name, number in counters.items()})
+        self._states[adapter_name] = (tensor, tensor._version, state)
+        return state
