@@ -6,14 +6,19 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import PLAIN, for_cases, inputs, randomize, relative_error, rotated
+from mixtures import rotated as mixture
+from mixtures import route
 from models import adamw, llama, tokens, wrap
 from torch._dynamo.utils import counters
 
 from poet_peft import merge_and_reinitialize
+from poet_peft.layer import poet_layers
 
 
 for_both_variants = for_cases(lambda case: case.name in {"plain", "fully-stochastic"})
-for_few = for_cases(lambda case: case.name in {"plain", "remainder", "fully-stochastic", "exact", "bfloat16"})
+for_few = for_cases(
+    lambda case: case.name in {"plain", "remainder", "fully-stochastic", "bfloat16", "grouped", "embedding"}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +103,45 @@ def test_compiled_layer_computes_with_the_folded_weight(case):
     merge_and_reinitialize(model)
     randomize(model, 0.4, seed=30)
     assert relative_error(forward(x), layer(x)) < 1e-5
+
+
+# Experts
+
+
+def call(layer):
+    """Experts called with tokens as a mixture sends them."""
+    hidden, experts, weights = route()
+    return lambda: layer(hidden, experts, weights)
+
+
+EVERY_STEP = {"merge_interval": 1, "reinit_interval": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("gpt_oss", {"merge_interval": 4}), ("mixtral", EVERY_STEP)],
+    ids=["folds", "fold-every-step"],
+)
+def test_compiled_experts_give_the_same_gradients_without_a_break_and_fold_without_a_recompilation(name, overrides):
+    model = mixture(name, theta=0.0 if overrides is EVERY_STEP else 0.2, **overrides)
+    layer = next(layer for _, layer in poet_layers(model))
+    eager, forward = call(layer), call(compiled(layer))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            expected = loss_and_gradients(layer, lambda _: eager(), None)
+            assert_close(loss_and_gradients(layer, lambda _: forward(), None), expected)
+            merge_and_reinitialize(model)
+    assert (num_compilations(), dict(counters["graph_break"])) == (1, {})
+
+
+def test_compiled_experts_notice_a_rotation_that_was_not_folded():
+    model = mixture("mixtral", theta=0.0, **EVERY_STEP)
+    layer = next(layer for _, layer in poet_layers(model))
+    forward = call(compiled(layer))
+    forward()
+    randomize(model, 0.1)
+    with pytest.raises(RuntimeError, match="not the identity"):
+        forward()
 
 
 # A model
