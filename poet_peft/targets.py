@@ -145,9 +145,10 @@ def leave_out(
 ) -> list[tuple[str, nn.Module]]:
     """The targets without those that must not be rotated, where PEFT and not the user chose them.
 
-    That is the output head, which PEFT finds only if it knows the task, layers whose weight is read by another module,
-    which never calls them, and routers that return more than a linear layer does. A warning names them, except for a
-    head that `train_rest` trains in full anyway.
+    That is the output head, which PEFT finds only if it knows the task, layers that share their weight with another
+    module, layers whose weight is read by another module, which never calls them, and routers that return more than a
+    linear layer does. A warning names them, except for heads and shared weights that `train_rest` trains in full
+    anyway.
 
     Args:
         config: with `target_modules` as PEFT wrote it out.
@@ -166,6 +167,14 @@ def leave_out(
             f"train and save it in full, pass modules_to_save={heads}{_task_hint(model, config, heads)}."
         )
     targets = [(name, module) for name, module in targets if name not in heads]
+    shared = _shared_weights(model, targets)
+    if shared and not config.train_rest:
+        tied = "; ".join(f"{name} (shared by {', '.join(owners)})" for name, owners in shared.items())
+        warnings.warn(
+            f"target_modules={requested!r} leaves out layers that share their weight, since a rotation of one would "
+            f"change the other: {tied}."
+        )
+    targets = [(name, module) for name, module in targets if name not in shared]
     readers = {name: reader for name, _ in targets if (reader := reader_of(model, name))}
     if readers:
         warnings.warn(
@@ -229,6 +238,13 @@ def _output_heads(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> lis
         return not name.startswith(f"{model.base_model_prefix}.")
 
     return [name for name, layer in targets if is_outside(name) and getattr(layer, "out_features", None) in widths]
+
+
+def _shared_weights(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
+    """All names of the weights of targets that have several."""
+    owners = parameter_names(model)
+    names = {name: owners.get(id(getattr(layer, "weight", None)), []) for name, layer in targets}
+    return {name: found for name, found in names.items() if len(found) > 1}
 
 
 def _is_saved_in_full(name: str, config: POETConfig) -> bool:

@@ -546,3 +546,30 @@ def test_model_without_a_head_is_rotated_everywhere(settings):
     base = build("BertModel", "bert", **{**ENCODER, **settings})
     expected = linear(base)
     assert rotated(poet(base)) == expected
+
+
+# Layers that share their weight
+
+
+def image_and_text():
+    """A model with a head of its text part, which is tied to the embedding and which PEFT does not see."""
+    sizes = {**ENCODER, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+    vision = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4}
+    parts = {"text_config": sizes, "vision_config": {**vision, "image_size": 16, "patch_size": 8}}
+    return build("BlipForConditionalGeneration", "blip", **parts)
+
+
+TIED = "text_decoder.cls.predictions.decoder"
+
+
+def test_layer_that_shares_its_weight_is_left_out_by_name():
+    model = image_and_text()
+    others = linear(model) - {TIED}
+    with pytest.warns(UserWarning, match=f"leaves out layers that share their weight.*: {TIED} .shared by"):
+        model = poet(model)
+    assert rotated(model) == others
+
+
+def test_layer_that_shares_its_weight_and_trains_in_full_is_not_named():
+    said = warnings_of(lambda: poet(image_and_text(), train_rest=True, merge_interval=4))
+    assert not any("share their weight" in message for message in said)

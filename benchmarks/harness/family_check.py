@@ -1,0 +1,321 @@
+"""One family of transformers under POET: built tiny, wrapped, trained for a step, saved, reloaded, merged.
+
+`check` gives what came of it as plain values, in the fields that the report reads:
+
+- "status": "works", "refused", "not built", "no inputs" (none that is known here), or "fails";
+- "message": why, where it does not work;
+- "rotated": how many layers are rotated, "experts": how many stacked parameters;
+- "left_out": names of the layers that are not, by the reason that the library gave, and "silent", by none;
+- "unused": names of rotated layers whose weight the model itself gives no gradient with these inputs;
+- "errors": by check, the largest relative difference of an output.
+"""
+
+import copy
+import itertools
+import re
+import tempfile
+import time
+import warnings
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from poet_peft import POETConfig
+from poet_peft.layer import poet_layers
+
+from .family_inputs import candidates
+from .tiny_configs import PLANS, tiny_config
+
+
+BLOCK_SIZE = 8
+LEARNING_RATE = 1e-2
+MAX_PARAMETERS = 40e6
+MAX_SECONDS = 20  # of computing, until no other size is tried
+TOLERANCE = 1e-4  # of what is computed in another order, in fp32
+ROUNDING = 2e-6  # of the same operations: products depend on where in memory a tensor begins
+SAME_OPERATIONS = ("start", "reload")
+LEFT_OUT = {  # how the library's warnings name what it leaves out
+    "head": "leaves out the output head",
+    "not called": "whose rotations would not train",
+    "shared": "leaves out layers that share their weight",
+    "one feature": "nothing to rotate",
+    "experts": "does not reach expert weights",
+}
+
+
+def check(family, overrides=None):
+    """Everything above, for a `Family`."""
+    try:
+        model, inputs, what = build(family, overrides or {})
+    except NoInputsError as error:
+        return {"status": "no inputs", "message": str(error)}
+    except Exception as error:
+        return {"status": "not built", "message": short(error)}
+    result = {"parameters": sum(p.numel() for p in model.parameters()), "inputs": what}
+    try:
+        return result | check_model(model, inputs, family.task_type)
+    except Exception as error:
+        where = error.__traceback__
+        while where.tb_next is not None:
+            where = where.tb_next
+        place = f"{where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno}"
+        return result | {"status": "fails", "message": f"{short(error)} ({place})"}
+
+
+class NoInputsError(Exception):
+    """The model was built, and no input that is known here fits it."""
+
+
+def build(family, overrides):
+    """A tiny model of the family with inputs that it takes.
+
+    Returns:
+        The model, in evaluation mode, keyword arguments of its forward, and what they are in words.
+
+    Raises:
+        NoInputsError: see there.
+        Exception: whatever transformers raises for the default configuration, or for all tiny ones.
+    """
+    start, first_error, was_built, best, tried = time.process_time(), None, False, None, []
+    for plan, shrink_images in itertools.product(PLANS, (True, False)):
+        if time.process_time() - start > MAX_SECONDS:
+            break
+        try:
+            config = tiny_config(family.config_class, plan, shrink_images, overrides)
+            if config.to_dict() in tried:
+                continue
+            tried.append(config.to_dict())
+            model = _random_model(family.model_class, config)
+        except Exception as error:
+            first_error = first_error or error
+            continue
+        if model is None:
+            first_error = first_error or MemoryError(f"more than {MAX_PARAMETERS / 1e6:.0f}M parameters")
+            continue
+        inputs, what, error = _inputs_for(model)
+        if inputs is None:
+            first_error = first_error if was_built else error
+        elif what != "text" or not family.is_multimodal:
+            return model, inputs, what
+        elif best is None:
+            best = model, inputs, what
+        was_built = True
+    if best is not None:
+        return best
+    if was_built:
+        raise NoInputsError(short(first_error))
+    raise first_error
+
+
+def _random_model(model_class, config):
+    """A model with random weights, none of them constant; None where it would be too large."""
+    try:
+        with torch.device("meta"):
+            num_parameters = sum(p.numel() for p in model_class(config).parameters())
+    except Exception:  # some compute with their weights while they are built
+        num_parameters = 0
+    if num_parameters > MAX_PARAMETERS:
+        return None
+    torch.manual_seed(0)
+    model = model_class(copy.deepcopy(config)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # A rotation of zeros has no effect, and a gate of zero hides what is behind it.
+            if (
+                parameter.is_floating_point()
+                and parameter.numel()
+                and bool((parameter == parameter.flatten()[0]).all())
+            ):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def _inputs_for(model):
+    first_error = None
+    for what, inputs in candidates(model):
+        try:
+            base = values(model, inputs)
+        except Exception as error:
+            first_error = first_error or error
+            continue
+        if base and all(bool(torch.isfinite(tensor).any()) for tensor in base):
+            return inputs, what, None
+    return None, None, first_error or NotImplementedError("no input is known for its forward")
+
+
+def check_model(model, inputs, task_type=None):
+    base = copy.deepcopy(model)
+    expected = values(model, inputs)
+    if difference(values(model, inputs), expected):
+        return {"status": "no inputs", "message": "its outputs change from call to call, with the same seed"}
+    trains = weights_that_train(base, inputs)
+    config = POETConfig(target_modules="all-linear", block_size=BLOCK_SIZE, task_type=task_type)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            wrapped = get_peft_model(model, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            return {"status": "refused", "message": short(error)}
+    said = [str(warning.message) for warning in caught]
+    layers = dict(poet_layers(wrapped.base_model.model))
+    result = {"rotated": len(layers), "left_out": left_out(base, layers, said)}
+    errors = result["errors"] = {"start": difference(values(wrapped, inputs), expected)}
+
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    loss_of(outputs(wrapped, inputs)).backward()
+    without = {name for name, layer in layers.items() if not all(map(has_gradient, rotations_of(layer)))}
+    result["unused"] = names(without - trains)
+    result["no gradient"] = names(without & trains)
+    optimizer.step()
+    trained = values(wrapped, inputs)
+    result["moved"] = difference(trained, expected)
+
+    with tempfile.TemporaryDirectory() as folder:
+        wrapped.save_pretrained(f"{folder}/adapter")
+        fresh = PeftModel.from_pretrained(copy.deepcopy(base), f"{folder}/adapter").eval()
+        errors["reload"] = difference(values(fresh, inputs), trained)
+        del fresh
+        plain = wrapped.merge_and_unload()
+        merged = values(plain, inputs)
+        errors["merge"] = difference(merged, trained)
+        plain.save_pretrained(f"{folder}/plain")
+        errors["plain"] = difference(reloaded(plain, f"{folder}/plain", inputs), merged)
+        if not errors["plain"] <= TOLERANCE:
+            base.save_pretrained(f"{folder}/base")
+            result["unchanged model"] = difference(reloaded(base, f"{folder}/base", inputs), expected)
+    result["status"], result["message"] = verdict(result)
+    return result
+
+
+def verdict(result):
+    """The status of a model that was not refused, and what is wrong with it."""
+    wrong = []
+    for name, error in result["errors"].items():
+        if name == "plain" and not result.get("unchanged model", 0) <= TOLERANCE:
+            continue  # transformers itself does not bring back what it saved
+        if not error <= (ROUNDING if name in SAME_OPERATIONS else TOLERANCE):
+            wrong.append(f"{name}: {error:.1e}")
+    if result["no gradient"]:
+        wrong.append(f"no gradient: {', '.join(result['no gradient'])}")
+    if result["left_out"].get("silent"):
+        wrong.append(f"left out silently: {', '.join(result['left_out']['silent'])}")
+    if not result["rotated"]:
+        return "refused", "it has no linear layer"
+    if not result["moved"] > 0:
+        wrong.append("a step changed no output")
+    return ("fails", "; ".join(wrong)) if wrong else ("works", "")
+
+
+def left_out(model, rotated, said):
+    """Names of linear layers that are not rotated, and of experts, by what the library said of them."""
+    found = {reason: [m for m in said if sign in m] for reason, sign in LEFT_OUT.items()}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    result = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or name in rotated:
+            continue
+        pattern = names([name])[0]
+        reason = next((r for r, messages in found.items() if any(is_named(n, m) for m in messages for n in
+                                                                 (name, pattern))), None)  # fmt: skip
+        if reason is None and module is head:
+            reason = "head"
+        result.setdefault(reason or "silent", []).append(name)
+    stacks = [n for message in found["experts"] for n in message.rpartition(": ")[2].rstrip(".").split(", ")]
+    if stacks:
+        result["experts"] = stacks
+    return {reason: names(found) for reason, found in result.items()}
+
+
+def is_named(name, message):
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w*]|\.[\w*])", message) is not None
+
+
+def names(found):
+    """With `*` for the index of a layer, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in sorted(found)))
+
+
+def weights_that_train(model, inputs):
+    """Names of the linear layers whose weight gets a gradient where the model itself trains in full."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    loss_of(outputs(model, inputs)).backward()
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and has_gradient(module.weight)
+    }
+
+
+def has_gradient(parameter):
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def rotations_of(layer):
+    return [p for name, p in layer.named_parameters() if ("poet_R" in name or "poet_P" in name) and p.numel()]
+
+
+def outputs(model, inputs):
+    """All tensors of floating-point numbers that the model gives, from one seed."""
+    torch.manual_seed(0)
+    return list(tensors(model(**inputs)))
+
+
+def tensors(value):
+    if torch.is_tensor(value):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+@torch.no_grad()
+def values(model, inputs):
+    """`outputs`, to be compared."""
+    return [tensor.clone() for tensor in outputs(model, inputs)]
+
+
+def loss_of(found):
+    """A number in which every output has a weight of its own, so that no normalisation makes it a constant."""
+    generator = torch.Generator().manual_seed(2)
+    total = 0
+    for tensor in found:
+        if tensor.requires_grad:
+            weight = torch.randn(tensor.shape, generator=generator) / tensor.numel() ** 0.5
+            total = total + (torch.where(torch.isfinite(tensor), tensor, 0) * weight).sum()
+    if not torch.is_tensor(total):
+        raise RuntimeError("no output has a gradient")
+    return total
+
+
+def difference(actual, expected):
+    """The largest relative difference of an output, inf where their shapes or what is finite in them differ."""
+    if [t.shape for t in actual] != [t.shape for t in expected]:
+        return float("inf")
+    largest = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        if torch.equal(a, b):
+            continue
+        finite = torch.isfinite(b)
+        if not torch.equal(finite, torch.isfinite(a)):
+            return float("inf")
+        a, b = a[finite].double(), b[finite].double()
+        largest = max(largest, float((a - b).norm() / b.norm().clamp_min(1e-30)))
+    return largest
+
+
+def reloaded(model, folder, inputs):
+    """Outputs of the model that transformers alone loads from the folder."""
+    return values(type(model).from_pretrained(folder).eval(), inputs)
+
+
+def short(error, length=300):
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, ValueError | RuntimeError | NoInputsError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= length else text[: length - 3] + "..."
