@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.report import (
     adapter_sizes,
     breakdown,
+    diagnostics,
     dial,
     finetune,
     layer,
@@ -66,6 +67,7 @@ def pages(benchmarks):
             "requantization": requantization.section(),
         },
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
+        root / "docs" / "diagnostics.md": {"diagnostics": diagnostics.section()},
         root / "docs" / "pretraining-results.md": {"quality": quality.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
         | {"breakdown": breakdown.section()},

@@ -85,6 +85,7 @@ class LayerDiagnostics:
 
     Attributes:
         spectral_drift: bound on the relative change of any singular value by the rotations, see `MergeReport`.
+        weight_problem: why the weight cannot be read, as some quantized ones; all measures below are None then.
         spectral_norm: the largest singular value; power iteration, from below, unless exact.
         rms_singular_value: root mean square of the singular values, exact.
         stable_rank: squares of all singular values over that of the largest.
@@ -101,11 +102,12 @@ class LayerDiagnostics:
     adapter: str
     sides: list[SideDiagnostics]
     spectral_drift: float
-    spectral_norm: float
-    rms_singular_value: float
-    stable_rank: float
-    energy: float
-    mean_row_rms: float
+    weight_problem: str | None = None
+    spectral_norm: float | None = None
+    rms_singular_value: float | None = None
+    stable_rank: float | None = None
+    energy: float | None = None
+    mean_row_rms: float | None = None
     singular_values: list[float] | None = None
     entropy: float | None = None
     largest_change: float | None = None
@@ -127,21 +129,14 @@ class Diagnostics:
     def summary(self) -> dict[str, float]:
         """Maxima of angle, orthogonality error and drift, and means of the rest, over the layers."""
         sides = [side for layer in self.layers for side in layer.sides]
-        result = {
+        return {
             "max_angle": _largest([side.max_angle for side in sides]),
             "orthogonality_error": _largest([side.orthogonality_error for side in sides]),
             "spectral_drift": _largest([layer.spectral_drift for layer in self.layers]),
-            "rms_angle": _mean([side.rms_angle for side in sides]),
-            "trace": _mean([side.trace for side in sides]),
-            "rms_singular_value": _mean([layer.rms_singular_value for layer in self.layers]),
-            "stable_rank": _mean([layer.stable_rank for layer in self.layers]),
-            "energy": _mean([layer.energy for layer in self.layers]),
+            **_means(sides, "rms_angle", "trace", "momentum_cosine"),
+            **_means(self.layers, "rms_singular_value", "stable_rank", "energy", "entropy"),
+            **({} if self.clamped_share is None else {"clamped_share": self.clamped_share}),
         }
-        entropies = [layer.entropy for layer in self.layers if layer.entropy is not None]
-        cosines = [side.momentum_cosine for side in sides if side.momentum_cosine is not None]
-        result |= {"entropy": _mean(entropies)} if entropies else {}
-        result |= {"momentum_cosine": _mean(cosines)} if cosines else {}
-        return result | ({} if self.clamped_share is None else {"clamped_share": self.clamped_share})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite become None."""
@@ -168,8 +163,7 @@ def diagnose(
         optimizer: for what its state tells.
 
     Raises:
-        ValueError: no layer has the adapter, a weight cannot be read, another adapter is merged into it, or the
-            adapter is scaled.
+        ValueError: no layer has the adapter, another adapter is merged into its weight, or it is scaled.
     """
     items = [
         (layer, adapter)
@@ -246,27 +240,31 @@ def _diagnose_layer(
         sides.append(side)
         smallest *= max(1 - spectrum, 0.0) ** 0.5
         largest *= (1 + spectrum) ** 0.5
+    drift = _largest([1 - smallest, largest - 1])
+    try:
+        layer.base_weight.check_readable(layer.module_name)
+    except ValueError as error:
+        return LayerDiagnostics(layer.module_name, adapter, sides, drift, str(error))
+    return LayerDiagnostics(layer.module_name, adapter, sides, drift, **_diagnose_weight(layer, adapter, exact))
+
+
+def _diagnose_weight(layer: POETLayer, adapter: str, exact: bool) -> dict[str, Any]:
     before = layer.base_weight.read_exact(layer.residual)
     W = before if layer.merged else rotate_weight(before, *layer.sides([adapter]))
     s = torch.linalg.svdvals(W) if exact and bool(torch.isfinite(W).all()) else None
     norm = spectral_norm(W) if s is None else s[..., 0]
     rows = W if exact else W[..., :: max(1, -(-W.shape[-2] // _NUM_ENERGY_ROWS)), :]
-    return LayerDiagnostics(
-        layer.module_name,
-        adapter,
-        sides,
-        spectral_drift=_largest([1 - smallest, largest - 1]),
-        spectral_norm=float(norm.max()),
-        rms_singular_value=float(rms_singular_value(W).mean()),
-        stable_rank=float(stable_rank(W, norm).mean()),
-        energy=float(hyperspherical_energy(rows).mean()),
-        mean_row_rms=float(row_rms(W).mean()),
+    return {
+        "spectral_norm": float(norm.max()),
+        "rms_singular_value": float(rms_singular_value(W).mean()),
+        "stable_rank": float(stable_rank(W, norm).mean()),
+        "energy": float(hyperspherical_energy(rows).mean()),
+        "mean_row_rms": float(row_rms(W).mean()),
         **({} if s is None else _of_decomposition(layer, adapter, before, s)),
-    )
+    }
 
 
 def _check_measurable(layer: POETLayer, adapter: str) -> None:
-    layer.base_weight.check_readable(layer.module_name)
     if layer.merged and layer.merged_adapters != [adapter]:
         raise ValueError(
             f"the weight of {layer.module_name!r} has the adapters {layer.merged_adapters} merged into it, so that "
@@ -339,8 +337,10 @@ def _largest(values: list[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else max(values, default=0.0)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _means(measured: list[Any], *names: str) -> dict[str, float]:
+    """Of those measures that were taken of anything."""
+    found = {name: [v for item in measured if (v := getattr(item, name)) is not None] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def _finite(value: Any) -> Any:

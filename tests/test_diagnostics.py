@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import REGIMES, llama, wrap
+from models import REGIMES, llama, poet_config, wrap
+from quantized import dequantized, for_every_library, quantized_llama
 
 from poet_peft import diagnostics as d
 from poet_peft.layer import poet_layers
 from poet_peft.maths import measures
 from poet_peft.maths.orthogonal import cayley
+from poet_peft.ops import reference
 
 
 def matrices(*shape, seed=0):
@@ -148,3 +150,66 @@ def test_fully_stochastic_index_sets_cover_the_rows_and_columns_drawn():
     expected[R] = 1
     expected[:, P] = 1
     assert torch.equal(counts, expected)
+
+
+# Bases and states in which an adapter may be met
+
+
+@for_every_library
+def test_quantized_weights_are_measured_as_dequantized(name):
+    model = wrap(quantized_llama(name))
+    layer = next(layer for _, layer in poet_layers(model))
+    (R,), (P,) = layer.sides(["default"])
+    W = dequantized(layer.get_base_layer())
+    rotated = reference.effective_weight(W, [(R.index, R.deltas())], [(P.index, P.deltas())]).detach().numpy()
+    s = np.linalg.svd(rotated, compute_uv=False)
+    quick, exact = (d.diagnose(model, exact=exact).layers[0] for exact in (False, True))
+    assert exact.singular_values == pytest.approx(np.quantile(s, [0, 0.25, 0.5, 0.75, 1]), rel=1e-3)
+    assert quick.rms_singular_value == pytest.approx(np.sqrt((s**2).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_merged_and_disabled_adapters_measure_as_active_ones(state, exact):
+    model = wrap(llama(num_hidden_layers=1))
+    active = d.diagnose(model, exact=exact)
+    if state == "merged":
+        model.merge_adapter()
+        other = d.diagnose(model, exact=exact)
+    else:
+        with model.disable_adapter():
+            other = d.diagnose(model, exact=exact)
+    for one, two in zip(active.layers, other.layers, strict=True):
+        assert one.sides == two.sides and one.name == two.name
+        assert two.spectral_norm == pytest.approx(one.spectral_norm, rel=1e-5)
+        assert two.energy == pytest.approx(one.energy, rel=1e-5)
+        if exact:
+            assert two.singular_values == pytest.approx(one.singular_values, rel=1e-4)
+            assert (two.largest_change is None) == (state == "merged")
+
+
+def test_adapter_beside_a_merged_one_is_refused_by_name():
+    model = wrap(llama(num_hidden_layers=1))
+    model.add_adapter("other", poet_config())
+    model.merge_adapter(adapter_names=["default"])
+    with pytest.raises(ValueError, match=r"q_proj.*\['default'\] merged.*'other' alone.*unmerge_adapter"):
+        d.diagnose(model, "other")
+    assert d.diagnose(model, "default").layers
+
+
+def test_scaled_adapter_is_refused_by_name():
+    model = wrap(llama(num_hidden_layers=1))
+    layer = next(layer for _, layer in poet_layers(model))
+    layer.set_scale("default", 0.5)
+    with pytest.raises(ValueError, match=r"'default' of '.*q_proj' has scale=0.5.*unscale_layer"):
+        d.diagnose(model)
+
+
+def test_rotations_of_a_weight_that_cannot_be_read_are_measured_alone():
+    base = llama(num_hidden_layers=1)
+    module = base.model.layers[0].self_attn.q_proj
+    module.register_forward_hook(lambda module, args, output: 2 * output)
+    result = d.diagnose(wrap(base), exact=True)
+    first, second = result.layers[:2]
+    assert "q_proj" in first.weight_problem and first.sides[0].max_angle > 0 and first.energy is None
+    assert second.weight_problem is None and result.summary()["energy"] > 0

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from workers import fsdp_run
 from workers.resume_run import NUM_STEPS, make_trainer, result_of
 
+from poet_peft.diagnostics import read_diagnostics
+
 
 pytestmark = [
     pytest.mark.slow,
@@ -191,6 +193,25 @@ def test_sharded_folds_after_every_step_train_as_in_one_process(fsdp_reports):
     model = fsdp_run.build(every_step=True)
     losses = fsdp_run.train(model, fsdp_run.make_rotation_muon(model))
     assert fsdp_reports[0]["every_step"] == pytest.approx(losses, rel=1e-4)
+
+
+def numbers_in(value):
+    """All numbers of nested JSON but the counts of histograms, where planes at the edge of a bin may change sides."""
+    if isinstance(value, dict):
+        return [n for key, item in value.items() if key != "angle_histogram" for n in numbers_in(item)]
+    if isinstance(value, list):
+        return [n for item in value for n in numbers_in(item)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_diagnostics_of_a_sharded_model_are_those_of_one_process_and_written_once(fsdp, tmp_path):
+    model = fsdp_run.build()
+    fsdp_run.measure(model, fsdp_run.make_optimizer(model), tmp_path / "diagnostics.jsonl")
+    (sharded,), (one,) = (read_diagnostics(folder / "diagnostics.jsonl") for folder in (fsdp, tmp_path))
+    assert [layer["name"] for layer in sharded["layers"]] == [layer["name"] for layer in one["layers"]]
+    assert all(side["momentum_cosine"] for layer in sharded["layers"] for side in layer["sides"])
+    for key in ("summary", "layers"):
+        assert numbers_in(sharded[key]) == pytest.approx(numbers_in(one[key]), rel=1e-3, abs=1e-6)
 
 
 def test_sharded_training_in_mixed_precision_follows_that_in_fp32(fsdp_reports):

@@ -80,6 +80,15 @@ def given_trained_run():
     return {"make_trainer": make_trainer}
 
 
+def given_trainer():
+    from transformers import Trainer, TrainingArguments
+
+    model = wrap(llama(), "periodic")
+    data = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+    arguments = TrainingArguments("run", max_steps=1, report_to="none", use_cpu=True)
+    return {"trainer": Trainer(model, arguments, train_dataset=data, optimizers=(adamw(model), None))}
+
+
 @pytest.fixture
 def as_in_a_new_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

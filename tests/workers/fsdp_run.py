@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from workers.leave import leave
 
 from poet_peft import RotationMuon, merge_and_reinitialize, poet_param_groups
+from poet_peft.diagnostics import log_diagnostics
 
 
 NUM_STEPS, MERGE_INTERVAL, SAVED_AT = 9, 4, (4, 5)
@@ -77,6 +78,17 @@ def train(model, optimizer, first=1, rank=0, world_size=1, after_step=lambda ste
         losses.append(total.item() / world_size)
         after_step(step)
     return losses
+
+
+def measure(model, optimizer, path, rank=0, world_size=1):
+    """Append the diagnostics in the second step, before its update, to a file."""
+    for step in (1, 2):
+        for input_ids in micro_batches(step, rank, world_size):
+            model(input_ids=input_ids, labels=input_ids).loss.backward()
+        if step == 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    log_diagnostics(model, path, step, optimizer, exact=True)
 
 
 def shard(model, **kwargs):
@@ -176,6 +188,9 @@ def main():
     model = shard(build(every_step=True))
     optimizer = make_rotation_muon(model)
     finish("every_step", model, optimizer, train(model, optimizer, rank=rank, world_size=world_size))
+
+    model = shard(build())
+    measure(model, make_optimizer(model), directory / "diagnostics.jsonl", rank, world_size)
 
     model = shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = make_optimizer(model)
