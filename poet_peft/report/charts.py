@@ -42,17 +42,30 @@ def sections(runs: list[Run]) -> dict[str, list[Chart]]:
 
 
 def _training(runs: list[Run]) -> list[Chart]:
-    rates = [
-        (" ".join(filter(None, [run.name if len(runs) > 1 else "", name])), points)
-        for run in runs
-        for name, points in run.learning_rates().items()
-    ]
     return [
         _lines("Training loss", [(run.name, run.losses()) for run in runs]),
         _lines("Evaluation loss", _of(runs, "eval_loss")),
         _lines("Perplexity of the evaluation", [(run.name, _perplexity(run)) for run in runs]),
-        _lines("Learning rates", rates, log=True, note="“poet” is that of the rotations."),
+        *_learning_rates(runs),
         _lines("Gradient norm", _of(runs, "grad_norm")),
+    ]
+
+
+def _learning_rates(runs: list[Run]) -> list[Chart]:
+    """One chart, or for several runs one for each group of parameters: a run has one colour all over the page."""
+    rates = {run.name: run.learning_rates() for run in runs}
+    note = "“poet” is that of the rotations."
+    if len(runs) == 1:
+        return [_lines("Learning rates", list(rates[runs[0].name].items()), log=True, note=note)]
+    groups = dict.fromkeys(group for of_run in rates.values() for group in of_run)
+    return [
+        _lines(
+            f"Learning rate, {group}" if group else "Learning rate",
+            [(name, of_run[group]) for name, of_run in rates.items() if group in of_run],
+            log=True,
+            note=note if group == "poet" else "",
+        )
+        for group in groups
     ]
 
 
