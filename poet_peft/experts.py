@@ -90,6 +90,11 @@ class ParamWrapper(RotatedModule):
                 f"{self.module_name!r} is no parameter while its module is called, as inside FSDP1, so that it cannot "
                 "be called with another. Use fully_shard (FSDP2)."
             )
+        if weight.parameter.is_meta and not any(isinstance(x, Tensor) and x.is_meta for x in args):
+            raise ValueError(
+                f"{self.module_name!r} is offloaded, so that it cannot be rotated. Keep its module on a device "
+                "(device_map), or leave it out of target_parameters."
+            )
         identity = self._is_at_identity(adapters, [*R, *P])
         matrix = rotated_weight(weight.as_matrix(weight.parameter.detach()), R, P, identity)
         name = self.path_to_weight.removeprefix("base_layer.")

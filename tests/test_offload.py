@@ -3,7 +3,9 @@
 import accelerate
 import pytest
 import torch
+from mixtures import config, moe
 from models import bert_classifier, gpt2, llama, logits, wrap
+from peft import get_peft_model
 
 
 def with_biases(model):
@@ -49,3 +51,10 @@ def test_offloaded_adapter_can_be_disabled_and_merged(tmp_path, offload):
     torch.testing.assert_close(logits(model), rotated, rtol=1e-5, atol=1e-6)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), rotated, rtol=1e-5, atol=1e-6)
+
+
+def test_offloaded_experts_are_refused_by_name():
+    base = accelerate.cpu_offload(moe("mixtral"), execution_device="cpu")
+    model = get_peft_model(base, config(init_weights=False))
+    with pytest.raises(ValueError, match="experts.*is offloaded.*device_map"):
+        logits(model)
