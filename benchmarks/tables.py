@@ -13,6 +13,7 @@ from benchmarks.report import (
     adapter_sizes,
     breakdown,
     dial,
+    families,
     finetune,
     layer,
     model,
@@ -65,6 +66,7 @@ def pages(benchmarks):
             "dial": dial.section(),
             "requantization": requantization.section(),
         },
+        root / "docs" / "families.md": {"families": families.section()},
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
         root / "docs" / "pretraining-results.md": {"quality": quality.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
