@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import POETConfig
 from .maths.blocks import partition_side
+from .other_linear import computes_something_else
 from .uncalled import reader_of
 from .weights import base_weight_of
 from .weights.plain import CONVOLUTIONS, NEVER_CALLED, rotated_sides
@@ -38,6 +39,12 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
         ValueError: a setting of it.
     """
     backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    if backend is None and computes_something_else(layer):
+        raise TypeError(
+            f"POET cannot rotate {name!r}: {type(layer).__name__} is a subclass of torch.nn.Linear that computes "
+            "something else than its weight times the input. Take it out of target_modules, or add it to "
+            "exclude_modules."
+        )
     if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, NEVER_CALLED):
         return
     if isinstance(layer, CONVOLUTIONS) and backend is None:
@@ -126,7 +133,8 @@ def leave_out(
     """The targets without those that must not be rotated, where PEFT and not the user chose them.
 
     That is the output head, which PEFT finds only if it knows the task, layers that share their weight with another
-    module, and layers whose weight is read by another module, which never calls them. A warning names them, except
+    module, subclasses of linear layers that are none, and layers whose weight is read by another module, which never
+    calls them. A warning names them, except
     for heads and shared weights that `train_rest` trains in full anyway.
 
     Args:
@@ -154,6 +162,18 @@ def leave_out(
             f"change the other: {tied}."
         )
     targets = [(name, module) for name, module in targets if name not in shared]
+    others = {
+        name: type(layer).__name__
+        for name, layer in targets
+        if resolve_quantization_backend(layer) is None and computes_something_else(layer)
+    }
+    if others:
+        named = ", ".join(_without_indexes(f"{name} ({kind})" for name, kind in others.items()))
+        warnings.warn(
+            f"target_modules={requested!r} leaves out layers that compute something else than their weight times the "
+            f"input: {named}."
+        )
+    targets = [(name, module) for name, module in targets if name not in others]
     readers = {name: reader for name, _ in targets if (reader := reader_of(model, name))}
     if readers:
         warnings.warn(
