@@ -36,7 +36,7 @@ def section():
     counts = Counter(family["status"] for family in found.values())
     working = [family for family in found.values() if family["status"] == "works"]
     parts = [
-        f"{len(found)} families with {versions}: "
+        f"{len(found)} of {result['total']} families so far, with {versions}: "
         + ", ".join(f"{counts[status]} {text}" for status, text in STATUSES.items() if counts[status])
         + ". "
         + f"Of those that work, {sum(not family['left_out'] for family in working)} have every linear layer rotated, "
