@@ -162,7 +162,10 @@ def write(results):
     about = {name: version(name).partition("+")[0] for name in ("torch", "transformers", "peft")}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
     temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(f'{{\n "versions": {json.dumps(about)},\n "families": {{\n{lines}\n }}\n}}\n')
+    total = len(families())
+    temporary.write_text(
+        f'{{\n "versions": {json.dumps(about)},\n "total": {total},\n "families": {{\n{lines}\n }}\n}}\n'
+    )
     temporary.replace(RESULT)
 
 

@@ -90,7 +90,7 @@ class ParamWrapper(RotatedModule):
                 f"{self.module_name!r} is no parameter while its module is called, as inside FSDP1, so that it cannot "
                 "be called with another. Use fully_shard (FSDP2)."
             )
-        if weight.parameter.is_meta and not any(isinstance(x, Tensor) and x.is_meta for x in args):
+        if weight.parameter.is_meta and not any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
             raise ValueError(
                 f"{self.module_name!r} is offloaded, so that it cannot be rotated. Keep its module on a device "
                 "(device_map), or leave it out of target_parameters."

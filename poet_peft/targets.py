@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import POETConfig
 from .maths.blocks import partition_side
+from .other_linear import returns_something_else
 from .uncalled import reader_of
 from .weights import base_weight_of
-from .weights.plain import CONVOLUTIONS, NEVER_CALLED, features, rotated_sides
+from .weights.plain import CONVOLUTIONS, NEVER_CALLED, rotated_sides
 from .weights.quantized import QuantizedWeight
 
 
@@ -30,7 +31,7 @@ _TASKS = {
 }
 
 
-_RETURNS_MORE = "which returns more than `W x + bias`"
+_RETURNS_ELSE = "which returns something else than `W x + bias`"
 
 
 def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> None:
@@ -41,12 +42,12 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
         ValueError: a setting of it.
     """
     backend = resolve_quantization_backend(layer, **quantization_kwargs)
+    if backend is None and returns_something_else(layer):
+        raise TypeError(
+            f"POET cannot rotate {name!r} of type {type(layer).__name__}, {_RETURNS_ELSE}, so that there is no output "
+            "to rotate. Take it out of target_modules, or add it to exclude_modules."
+        )
     if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, NEVER_CALLED):
-        if backend is None and not _returns_tensor(layer):
-            raise TypeError(
-                f"POET cannot rotate {name!r} of type {type(layer).__name__}, {_RETURNS_MORE}, so that there is no "
-                "output to rotate. Take it out of target_modules, or add it to exclude_modules."
-            )
         return
     if isinstance(layer, CONVOLUTIONS) and backend is None:
         return _check_convolution(name, layer)
@@ -63,19 +64,6 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
         f"transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d and Embedding are supported.{reason} Take it out of "
         "target_modules, or add it to exclude_modules."
     )
-
-
-@torch.no_grad()
-def _returns_tensor(layer: nn.Module) -> bool:
-    """Whether calling a linear layer gives a tensor, shown by a call where its class has a forward of its own."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    x = torch.zeros(1, features(layer)[1], dtype=layer.weight.dtype, device=layer.weight.device)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            return isinstance(layer(x), torch.Tensor)
-        except Exception:  # as of an input that is none of its own
-            return True
 
 
 def _check_convolution(name: str, layer: nn.Module) -> None:
@@ -146,9 +134,9 @@ def leave_out(
     """The targets without those that must not be rotated, where PEFT and not the user chose them.
 
     That is the output head, which PEFT finds only if it knows the task, layers that share their weight with another
-    module, layers whose weight is read by another module, which never calls them, and routers that return more than a
-    linear layer does. A warning names them, except for heads and shared weights that `train_rest` trains in full
-    anyway.
+    module, subclasses of linear layers that return something else, as some routers do, and layers whose weight is read
+    by another module, which never calls them. A warning names them, except for heads and shared weights that
+    `train_rest` trains in full anyway.
 
     Args:
         config: with `target_modules` as PEFT wrote it out.
@@ -182,14 +170,17 @@ def leave_out(
             f"{_readers_as_text(readers)}."
         )
     targets = [(name, module) for name, module in targets if name not in readers]
-    routers = {name for name, module in targets if isinstance(module, nn.Linear) and not _returns_tensor(module)}
-    if routers:
-        kinds = sorted({type(model.get_submodule(name)).__name__ for name in routers})
+    others = {
+        name: type(module).__name__
+        for name, module in targets
+        if resolve_quantization_backend(module) is None and returns_something_else(module)
+    }
+    if others:
         warnings.warn(
-            f"target_modules={requested!r} leaves out {', '.join(without_indexes(sorted(routers)))} of type "
-            f"{', '.join(kinds)}, {_RETURNS_MORE}."
+            f"target_modules={requested!r} leaves out {', '.join(without_indexes(sorted(others)))} of type "
+            f"{', '.join(sorted(set(others.values())))}, {_RETURNS_ELSE}."
         )
-    return [(name, module) for name, module in targets if name not in routers]
+    return [(name, module) for name, module in targets if name not in others]
 
 
 def chosen_by_peft(target_modules: set[str] | str | None) -> bool:

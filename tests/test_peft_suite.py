@@ -31,7 +31,8 @@ def test_twin_has_the_arguments_of_its_row():
     rows, names = twins([row])
     expected = {"block_size": 5, "orthogonal_map": "cayley"}
     assert rows[0] == ("MLP 1 POET", "MLP", POETConfig, expected)
-    assert rows[1] == ("MLP 1 POET", "MLP", POETConfig, {**expected, "variant": "fully_stochastic"})
+    one_block = {**expected, "variant": "fully_stochastic", "block_size": 0.5}
+    assert rows[1] == ("MLP 1 POET", "MLP", POETConfig, one_block)
     assert names == ["MLP 1 POET", "MLP 1 POET fully stochastic"]
 
 
@@ -44,6 +45,15 @@ def test_rows_of_other_methods_have_no_twin():
     rows, _ = twins([(LoraConfig, {"r": 2}), (OFTConfig, {"oft_block_size": 2}), (BOFTConfig, {})])
     assert {row[0] for row in rows} == {POETConfig}
     assert all(row[1]["block_size"] == 2 for row in rows)
+
+
+def test_twin_of_lora():
+    row = (
+        LoraConfig,
+        {"r": 2, "lora_alpha": 8, "target_parameters": ["experts.down_proj"], "init_lora_weights": False},
+    )
+    rows, _ = twins([row], beside="LoRA")
+    assert rows[0] == (POETConfig, {"target_parameters": ["experts.down_proj"], "init_weights": False})
 
 
 def test_table_without_configurations_is_left_alone():

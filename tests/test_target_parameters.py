@@ -123,7 +123,7 @@ def test_router_that_is_left_out_is_named_with_the_way_out(name, word):
     _, (message,) = all_linear(moe(name), target_modules=word)
     assert message.startswith(f"target_modules={word!r} leaves out {ROUTERS[name]}")
     assert message.endswith(
-        "of type Llama4Router, which returns more than `W x + bias`."
+        "of type Llama4Router, which returns something else than `W x + bias`."
         if name == "llama4"
         else "name it in target_parameters."
     )

@@ -573,3 +573,26 @@ def test_layer_that_shares_its_weight_is_left_out_by_name():
 def test_layer_that_shares_its_weight_and_trains_in_full_is_not_named():
     said = warnings_of(lambda: poet(image_and_text(), train_rest=True, merge_interval=4))
     assert not any("share their weight" in message for message in said)
+
+
+# Subclasses of linear layers that are none
+
+
+def with_router():
+    """Its router is an `nn.Linear` that returns a choice of experts."""
+    return build("PhimoeForCausalLM", "phimoe", **{**DECODER, "intermediate_size": 24, "num_local_experts": 4})
+
+
+def test_router_that_is_a_linear_layer_by_class_only_is_left_out_by_name():
+    model = with_router()
+    routers = {name for name in linear(model) if name.endswith("router")}
+    with pytest.warns(UserWarning, match=r"leaves out model.layers.\*.mlp.router of type PhimoeTopKRouter"):
+        model = poet(model)
+    assert len(routers) == 2
+    assert not rotated(model) & routers
+    model(**causal()).loss.backward()
+
+
+def test_router_that_is_a_linear_layer_by_class_only_is_refused():
+    with pytest.raises(TypeError, match="'model.layers.0.mlp.router' of type PhimoeTopKRouter, which returns"):
+        poet(with_router(), target_modules=["router"])

@@ -40,6 +40,7 @@ LEFT_OUT = {  # how the library's warnings name what it leaves out
     "head": "leaves out the output head",
     "not called": "whose rotations would not train",
     "shared": "leaves out layers that share their weight",
+    "another forward": "leaves out layers that compute something else",
     "one feature": "nothing to rotate",
     "experts": "does not reach expert weights",
 }
@@ -182,11 +183,28 @@ def check_model(model, inputs, task_type=None):
         errors["merge"] = difference(merged, trained)
         plain.save_pretrained(f"{folder}/plain")
         errors["plain"] = difference(reloaded(plain, f"{folder}/plain", inputs), merged)
+        if not is_within(errors):
+            result["steps over"] = difference(values(jittered(base), inputs), expected)
         if not errors["plain"] <= TOLERANCE:
             base.save_pretrained(f"{folder}/base")
             result["unchanged model"] = difference(reloaded(base, f"{folder}/base", inputs), expected)
     result["status"], result["message"] = verdict(result)
     return result
+
+
+def is_within(errors):
+    return all(error <= (ROUNDING if name in SAME_OPERATIONS else TOLERANCE) for name, error in errors.items())
+
+
+def jittered(model):
+    """The model with weights changed by as much as rounding does."""
+    generator = torch.Generator().manual_seed(3)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(1 + 1e-7 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def verdict(result):
@@ -195,6 +213,8 @@ def verdict(result):
     for name, error in result["errors"].items():
         if name == "plain" and not result.get("unchanged model", 0) <= TOLERANCE:
             continue  # transformers itself does not bring back what it saved
+        if error <= 2 * result.get("steps over", 0):
+            continue  # choices among nearly equal scores, as of proposals, turn out otherwise
         if not error <= (ROUNDING if name in SAME_OPERATIONS else TOLERANCE):
             wrong.append(f"{name}: {error:.1e}")
     if result["no gradient"]:

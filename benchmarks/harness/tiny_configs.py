@@ -33,7 +33,7 @@ _HEAD_WIDTH = re.compile(
 _LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)$|^(encoder|decoder)_layers$|^depth$|^(\w+_)?num_layers(_\w+)?$")
 _EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_moe_experts|n_experts)$")
 _EXPERTS_PER_TOKEN = re.compile(r"^(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|experts_top_k|moe_top_k)$")
-_EXPERT_GROUPS = re.compile(r"^(n_group|num_expert_group|topk_group|top_k_group)$")
+_AT_MOST_ONE = re.compile(r"^(first_k_dense_replace|n_group|num_expert_group|topk_group|top_k_group)$")
 _IMAGE = re.compile(r"^(image_size|img_size|input_image_size)$")
 _SPREAD = re.compile(r"^(initializer_range|init_std)$")
 _IDS = re.compile(r"(_id|_ids|_token|token_index|_token_ids?)$")
@@ -125,7 +125,7 @@ class _Rules:
             return min(value, NUM_EXPERTS)
         if _EXPERTS_PER_TOKEN.search(name):
             return min(value, NUM_EXPERTS_PER_TOKEN)
-        if _EXPERT_GROUPS.search(name):
+        if _AT_MOST_ONE.search(name):
             return min(value, 1)
         if _IMAGE.search(name) and self.shrink_images and isinstance(patch, int):
             return min(value, NUM_PATCHES * patch)

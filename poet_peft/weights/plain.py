@@ -24,7 +24,7 @@ from .sharded import full, write
 
 
 _NUM_PROBES = 8
-_COMPUTES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPUTES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -133,7 +133,7 @@ def _computes_with(layer: nn.Module, matrix: Tensor) -> bool:
 
     An embedding may multiply by a number as well, which a rotation of the result does not notice.
     """
-    dtype = layer.weight.dtype if layer.weight.dtype in _COMPUTES else torch.bfloat16
+    dtype = layer.weight.dtype if layer.weight.dtype in COMPUTES else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     forward = getattr(layer, "_old_forward", layer)  # below accelerate's hook, which takes the weight away afterwards
     looks_up = isinstance(layer, nn.Embedding)

@@ -7,25 +7,32 @@ inside the parent folder need no network.
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BartConfig,
     BertConfig,
+    CLIPTextConfig,
+    ConvNextImageProcessor,
     DebertaConfig,
     DebertaV2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    ResNetConfig,
     RobertaConfig,
     T5Config,
 )
@@ -53,11 +60,22 @@ def _bart():
     return BartConfig(vocab_size=512, d_model=96, max_position_embeddings=128, init_std=0.1, **sides, **_IDS)
 
 
+def _resnet():
+    sizes = {"embedding_size": 10, "hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1]}
+    return ResNetConfig(**sizes, num_labels=3, layer_type="basic")
+
+
 _BART_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 160}
 _T5 = {"vocab_size": 512, "d_model": 96, "d_kv": 24, "d_ff": 160, "num_layers": 2, "num_heads": 4}
 _T5_IDS = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 24}
+# PEFT's tests give this one weights of size 1, which a wide model turns into outputs beyond their tolerances.
+_LLAMA4 = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "head_dim": 4}
+_LLAMA4 |= {"num_experts_per_tok": 1, "moe_layers": [0, 1], "interleave_moe_layer_step": 1}
+
 OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
+RESNET = "peft-internal-testing/tiny-random-ResNetForImageClassification"
 
 # Name on the Hub, class, configuration. A name keeps the head that it has there.
 MODELS = {
@@ -70,6 +88,15 @@ MODELS = {
         lambda: GPTJConfig(**_GPT, **_GPT_IDS, rotary_dim=4),
     ),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", lambda: LlamaConfig(**_GROUPED)),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", lambda: LlamaConfig(**_GROUPED)),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4ForCausalLM",
+        lambda: Llama4TextConfig(**{**_GROUPED, **_EXPERTS, **_LLAMA4}),
+    ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        "GptOssForCausalLM",
+        lambda: GptOssConfig(**_GROUPED, **_EXPERTS, sliding_window=64),
+    ),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", lambda: MistralConfig(**_GROUPED)),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", lambda: Qwen2Config(**_GROUPED)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
@@ -96,6 +123,11 @@ MODELS = {
         "RobertaForSequenceClassification",
         lambda: RobertaConfig(**_ENCODER),
     ),
+    "peft-internal-testing/tiny-clip-text-2": (
+        "CLIPTextModel",
+        lambda: CLIPTextConfig(**_SIZES, initializer_range=0.1, **_IDS),
+    ),
+    RESNET: ("ResNetForImageClassification", _resnet),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         "LlamaForSequenceClassification",
         lambda: LlamaConfig(**_GROUPED, num_labels=1),
@@ -113,6 +145,8 @@ def make_models(folder):
     LoraConfig(base_model_name_or_path=OPT).save_pretrained(folder / "peft-internal-testing/tiny-opt-lora-revision")
     _make_tokenizer(folder / OPT)
     _make_quotes(folder / "ybelkada/english_quotes_copy")
+    ConvNextImageProcessor(size={"shortest_edge": 64}).save_pretrained(folder / RESNET)
+    _make_image(folder / "huggingface/cats-image/test")
 
 
 def _make_tokenizer(folder):
@@ -136,3 +170,9 @@ def _quotes():
         {"quote": " ".join(words[(i * j) % 20] for j in range(1, 9)), "author": "nobody", "tags": ["made up"]}
         for i in range(1, 33)
     ]
+
+
+def _make_image(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "image.png")

@@ -1,7 +1,7 @@
 """A pytest plugin: collects PEFT's tests for POET alone, and records what came of them.
 
-Every table of PEFT's tests that has a row about OFT gets that row for POET instead (see twins.py), and whatever is not
-about POET is deselected. Nothing of PEFT's files is changed.
+Every table of PEFT's tests that has a row about OFT, or LoRA in files about what OFT cannot do, gets that row for POET
+instead (see twins.py), and whatever is not about POET is deselected. Nothing of PEFT's files is changed.
 """
 
 import functools
@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 import poet_peft
+from poet_peft.experts import ParamWrapper
 
-from .twins import methods, poet_arguments, twins
+from .twins import METHODS, methods, poet_arguments, twins
 
 
 def pytest_addoption(parser):
     parser.addoption("--outcomes", help="JSON file for the outcome of every test")
+    parser.addoption("--beside", default="OFT", choices=list(METHODS), help="the method that POET stands beside")
 
 
 def pytest_configure(config):
@@ -39,7 +41,7 @@ def pytest_generate_tests(metafunc):
             value.values if hasattr(value, "values") and hasattr(value, "marks") else value for value in argvalues
         ]
         names = None if ids is None or callable(ids) else list(ids)
-        replaced = twins(argvalues, names)
+        replaced = twins(argvalues, names, metafunc.config.getoption("--beside"))
         if replaced is not None:
             argvalues, ids = replaced
         elif names is not None:
@@ -68,13 +70,18 @@ def _without_skips_for_other_methods(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _poet_in_place_of_oft(request, monkeypatch):
-    """Tests that name OFT in their own body get POET under that name, and its two sides where OFT has one."""
-    if not _names_oft(request.node):
+def _poet_in_place_of_the_other(request, monkeypatch):
+    """Tests that name the other method in their own body get POET under that name, and its two sides where OFT has
+    one."""
+    if not _names_the_other(request.node):
         return
     monkeypatch.setattr(
-        request.module, "OFTConfig", lambda **arguments: poet_peft.POETConfig(**poet_arguments(arguments))
+        request.module, _other(request.config), lambda **given: poet_peft.POETConfig(**poet_arguments(given))
     )
+    if hasattr(request.module, "ParamWrapper"):
+        monkeypatch.setattr(request.module, "ParamWrapper", ParamWrapper)
+    if not hasattr(request.cls, "check_requires_grad"):
+        return
     check = request.cls.check_requires_grad
 
     def check_both_sides(self, model, *names):
@@ -86,14 +93,20 @@ def _poet_in_place_of_oft(request, monkeypatch):
 
 def _is_about_poet(item):
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return poet_peft.POETConfig in methods(parameters) or _names_oft(item)
+    return poet_peft.POETConfig in methods(parameters) or _names_the_other(item)
 
 
-def _names_oft(item):
-    """Whether the body of a test without a table makes OFT's configuration itself."""
+def _names_the_other(item):
+    """Whether the body of a test without a table makes the other method's configuration itself."""
     if hasattr(item, "callspec") and methods(item.callspec.params):
         return False
-    return "OFTConfig" in item.function.__code__.co_names and hasattr(item.cls, "check_requires_grad")
+    names_it = _other(item.config) in item.function.__code__.co_names
+    # PEFT's tests of OFT alone look at what only OFT has, except for these.
+    return names_it and (item.config.getoption("--beside") != "OFT" or hasattr(item.cls, "check_requires_grad"))
+
+
+def _other(config):
+    return METHODS[config.getoption("--beside")][0].__name__
 
 
 def _stand_in_for_diffusers():

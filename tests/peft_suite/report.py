@@ -48,6 +48,7 @@ def markdown(results):
         "",
         "PEFT tests every method with the same tables of cases. Here each row about OFT, the method closest to POET,",
         "is replaced by that row for POET, once block-stochastic and once fully stochastic; the tests are PEFT's own.",
+        "In `test_target_parameters` and `test_low_level_api`, which know LoRA alone, POET stands in LoRA's place.",
         "`python tests/run_peft_suite.py` takes them from PEFT's source distribution, runs them and writes this page.",
         f"It was run with {versions}, on a CPU, with tiny random models in place of those on the Hub.",
         "",

@@ -1,19 +1,20 @@
 """What a row of PEFT's test tables about OFT becomes for POET.
 
 PEFT's tables hold configuration classes with keyword arguments beside them, or finished configurations. A twin is the
-same row for POET, once for every variant; a row about another method has none.
+same row for POET, once for every variant; a row about another method has none. In most files POET stands beside OFT,
+and beside LoRA where no other method can do what is tested.
 """
 
 import re
 from dataclasses import MISSING, fields
 
-from peft import BOFTConfig, OFTConfig, PeftConfig
+from peft import BOFTConfig, LoraConfig, OFTConfig, PeftConfig
 
 from poet_peft import POETConfig
 
 
-# A twin is made from the first of these methods that a table has.
-METHODS = (OFTConfig, BOFTConfig)
+# A twin is made from the first of these methods that a table has, by the method that the file stands beside.
+METHODS = {"OFT": (OFTConfig, BOFTConfig), "LoRA": (LoraConfig,)}
 
 # What POET sets besides in the twins of one row; `block_size` only where the row says nothing about it.
 VARIANTS = {"": {}, "fully stochastic": {"variant": "fully_stochastic", "block_size": 0.5}}
@@ -29,6 +30,7 @@ _SHARED = {
     "layers_to_transform",
     "modules_to_save",
     "target_modules",
+    "target_parameters",
     "task_type",
 }
 # Arguments that POET has nothing for: the twin is the row without them.
@@ -40,24 +42,36 @@ _WITHOUT_COUNTERPART = {
     "coft",
     "eps",
     "fan_in_fan_out",
+    "lora_alpha",
+    "lora_dropout",
     "module_dropout",
 }
+_RENAMED = {"init_lora_weights": "init_weights"}
 # PEFT's toy models have layers of 10 input features, where OFT's r blocks have 10 // r.
 _TOY_FEATURES = 10
 
 
-def poet_arguments(arguments):
-    """Keyword arguments of POETConfig for those of OFT or BOFT.
+def poet_arguments(arguments, settings=None):
+    """Keyword arguments of POETConfig for those of OFT, BOFT or LoRA.
+
+    Args:
+        arguments: keyword arguments of the other method.
+        settings: those of POETConfig that hold where `arguments` say nothing about them.
 
     Raises:
         KeyError: an argument that nobody has decided about yet.
     """
-    arguments = dict(arguments)
-    translated = {}
-    r = arguments.pop("r", 0)
+    arguments = {_RENAMED.get(name, name): value for name, value in arguments.items()}
+    translated = dict(settings or {})
+    num_blocks = arguments.pop("r", 0) if "oft_block_size" in arguments else 0
+    if "r" in arguments:
+        del arguments["r"]  # LoRA's rank
     block_size = arguments.pop("oft_block_size", 0) or arguments.pop("boft_block_size", 0)
-    if r or block_size:
-        translated["block_size"] = block_size or max(2, _TOY_FEATURES // r)
+    if block_size:
+        translated["block_size"] = block_size
+    elif num_blocks:
+        is_one_block = translated.get("variant") == "fully_stochastic"
+        translated["block_size"] = 1 / num_blocks if is_one_block else max(2, _TOY_FEATURES // num_blocks)
     if not arguments.pop("use_cayley_neumann", True):
         translated["orthogonal_map"] = "cayley"
     if "num_cayley_neumann_terms" in arguments:
@@ -67,7 +81,7 @@ def poet_arguments(arguments):
             translated[name] = value
         elif name not in _WITHOUT_COUNTERPART:
             raise KeyError(f"no counterpart in POET is known for the argument {name!r}: add it to {__name__}.")
-    if translated.get("bias") in ("oft_only", "boft_only"):
+    if translated.get("bias") in ("oft_only", "boft_only", "lora_only"):
         translated["bias"] = "poet_only"
     return translated
 
@@ -85,12 +99,13 @@ def methods(value):
     return set()
 
 
-def twins(rows, ids=None):
+def twins(rows, ids=None, beside="OFT"):
     """Rows for POET in place of those about the first of METHODS that the table has.
 
     Args:
         rows: values of a `pytest.mark.parametrize`, each a value or a tuple of them.
         ids: their names, or None.
+        beside: the method whose rows get a twin, a key of METHODS.
 
     Returns:
         The rows and their names, without repetitions; None if no row names a configuration.
@@ -99,7 +114,7 @@ def twins(rows, ids=None):
     found = [methods(row) for row in rows]
     if not any(found):
         return None
-    method = next((method for method in METHODS if any(method in present for present in found)), None)
+    method = next((method for method in METHODS[beside] if any(method in present for present in found)), None)
     new_rows, new_ids = [], []
     for i, (row, present) in enumerate(zip(rows, found, strict=True)):
         if method is None or present != {method}:
@@ -119,13 +134,11 @@ def _twin(value, method, settings):
     if value is method:
         return POETConfig
     if isinstance(value, method):
-        return POETConfig(**{**settings, **poet_arguments(_given(value))})
+        return POETConfig(**poet_arguments(_given(value), settings))
     if isinstance(value, list | tuple):
         has_class = method in value
         return type(value)(
-            {**settings, **poet_arguments(part)}
-            if has_class and isinstance(part, dict)
-            else _twin(part, method, settings)
+            poet_arguments(part, settings) if has_class and isinstance(part, dict) else _twin(part, method, settings)
             for part in value
         )
     return _renamed(value) if isinstance(value, str) else value
@@ -148,7 +161,8 @@ def _given(config):
 
 def _renamed(text):
     """A row's name with POET's in place of the method's."""
-    return re.sub(r"\bB?OFT(?=\b|Config)", "POET", re.sub(r"\bb?oft\b", "poet", text))
+    text = re.sub(r"\b(b?oft|lora)\b", "poet", text)
+    return re.sub(r"\b(B?OFT|LoRA|Lora)(?=\b|Config)", "POET", text)
 
 
 def _name(row):
