@@ -34,7 +34,7 @@ from .targets import check_supported, check_targets, leave_out, warn_of_unmatche
 from .weights.initial import draw_weight
 from .weights.plain import CONVOLUTIONS, PlainWeight, features, rotated_sides
 from .weights.sharded import check_gathered_in_forward, reshard
-from .workarounds import clear_leftover_gguf_flags, keep_exact
+from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied
 
 
 _KINDS = {Convolution: CONVOLUTIONS, Embedding: nn.Embedding}
@@ -283,6 +283,10 @@ class POETModel(BaseTuner):
                 layer.unmerge()
             layer.restore_initial_weight()
         return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with keep_tied(self.model):
+            return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -2,6 +2,7 @@
 
 - `clear_leftover_gguf_flags`: until transformers removes its quantizer from a GGUF model that it has dequantized (not
   in 5.23).
+- `keep_tied`: until PEFT asks which weights are tied and not whether the first embedding is (not in 0.21).
 - `keep_exact`: until bitsandbytes keeps fp32 scales, and a backward, for 4-bit layers on CPUs with AVX512-BF16 (not in
   0.50).
 
@@ -12,6 +13,8 @@ extends PEFT's enum (0.21).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +39,34 @@ def clear_leftover_gguf_flags(model: nn.Module) -> None:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
                 vars(part.config).pop("_is_quantized", None)
+
+
+@contextmanager
+def keep_tied(model: nn.Module) -> Iterator[None]:
+    """Keep `tie_word_embeddings` in a model's configuration while PEFT unloads an adapter.
+
+    PEFT takes it away, with a warning, from a model whose output head shares its weight with another embedding than
+    the first, as an encoder-decoder's with the decoder's. The saved model then lacks the weight of its head.
+    """
+    if not _is_head_shared(model):
+        yield
+        return
+    before = getattr(model.config, "tie_word_embeddings", None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
+        yield
+    if before and _is_head_shared(model):
+        model.config.tie_word_embeddings = before
+
+
+def _is_head_shared(model: nn.Module) -> bool:
+    if not isinstance(model, PreTrainedModel):
+        return False
+    try:
+        weight = getattr(model.get_output_embeddings(), "weight", None)
+    except NotImplementedError:
+        return False
+    return weight is not None and sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
 
 
 def keep_exact(model: nn.Module) -> None:

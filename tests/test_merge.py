@@ -27,6 +27,9 @@ from cases import (
     rotated,
     wrap,
 )
+from models import assert_same_state
+from peft import get_peft_model
+from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
 from poet_peft import POETConfig, merge_and_reinitialize
 
@@ -139,6 +142,20 @@ def test_merge_and_unload_gives_a_plain_model():
     assert [type(module) for module in plain.modules()] == [type(module) for module in TwoLayers().modules()]
     assert plain.state_dict().keys() == TwoLayers().state_dict().keys()
     assert relative_error(plain(x), expected) < 2 * TOLERANCE[torch.float32]
+
+
+def test_head_tied_to_another_embedding_than_the_first_is_saved_tied(tmp_path):
+    side = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    side |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    base = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=side, decoder=side, initializer_range=0.1))
+    model = get_peft_model(base, POETConfig(target_modules="all-linear", block_size=4, init_weights=False))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no longer tied")
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = T5GemmaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.tie_word_embeddings
+    assert_same_state(loaded.state_dict(), merged.state_dict())
 
 
 # Unmerge
