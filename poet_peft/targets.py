@@ -170,11 +170,7 @@ def leave_out(
             f"{_readers_as_text(readers)}."
         )
     targets = [(name, module) for name, module in targets if name not in readers]
-    others = {
-        name: type(module).__name__
-        for name, module in targets
-        if resolve_quantization_backend(module) is None and returns_something_else(module)
-    }
+    others = {name: type(module).__name__ for name, module in targets if returns_something_else(module)}
     if others:
         warnings.warn(
             f"target_modules={requested!r} leaves out {', '.join(without_indexes(sorted(others)))} of type "

@@ -14,7 +14,7 @@ from poet_peft.layer import poet_layers
 
 
 @pytest.mark.parametrize("regime", ADAPTERS)
-def test_the_file_holds_rotations_indexes_and_a_state_of_64_bytes(regime, tmp_path):
+def test_the_file_holds_rotations_indexes_and_a_state_of_72_bytes(regime, tmp_path):
     model = wrap(llama(), regime)
     model.save_pretrained(tmp_path)
     held = Counter()
@@ -23,7 +23,7 @@ def test_the_file_holds_rotations_indexes_and_a_state_of_64_bytes(regime, tmp_pa
     layers = [layer for _, layer in poet_layers(model)]
     indexes = sum(rotation.index.numel() for layer in layers for rotation in layer.rotations("default"))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert held == {"torch.float32": 4 * trained, "torch.int32": 4 * indexes, "torch.int64": 64 * len(layers)}
+    assert held == {"torch.float32": 4 * trained, "torch.int32": 4 * indexes, "torch.int64": 72 * len(layers)}
 
 
 def test_the_configuration_file_holds_every_setting(tmp_path):

@@ -357,7 +357,7 @@ def test_adapter_file_is_small(saved, regime):
     model = wrap(llama(), regime)
     num_features = sum(sum(model.get_submodule(PREFIX + layer).base_layer.weight.shape) for layer in LAYERS)
     assert sum(t.numel() for t in tensors if t.is_floating_point()) == model.get_nb_trainable_parameters()[0]
-    assert sum(t.numel() for t in tensors if not t.is_floating_point()) <= num_features + 8 * len(LAYERS)
+    assert sum(t.numel() for t in tensors if not t.is_floating_point()) <= num_features + 9 * len(LAYERS)
 
 
 @pytest.mark.parametrize("folds", [0, 1, 2])

@@ -211,7 +211,7 @@ def test_diagnostics_of_a_sharded_model_are_those_of_one_process_and_written_onc
     assert [layer["name"] for layer in sharded["layers"]] == [layer["name"] for layer in one["layers"]]
     assert all(side["momentum_cosine"] for layer in sharded["layers"] for side in layer["sides"])
     for key in ("summary", "layers"):
-        assert numbers_in(sharded[key]) == pytest.approx(numbers_in(one[key]), rel=1e-3, abs=1e-6)
+        assert numbers_in(sharded[key]) == pytest.approx(numbers_in(one[key]), rel=1e-3, abs=2e-4)
 
 
 def test_sharded_training_in_mixed_precision_follows_that_in_fp32(fsdp_reports):
