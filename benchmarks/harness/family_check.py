@@ -40,9 +40,8 @@ LEFT_OUT = {  # how the library's warnings name what it leaves out
     "head": "leaves out the output head",
     "not called": "whose rotations would not train",
     "shared": "leaves out layers that share their weight",
-    "another forward": "leaves out layers that compute something else",
+    "another forward": "which returns something else",
     "one feature": "nothing to rotate",
-    "experts": "does not reach expert weights",
 }
 
 
@@ -242,9 +241,15 @@ def left_out(model, rotated, said):
         if reason is None and module is head:
             reason = "head"
         result.setdefault(reason or "silent", []).append(name)
-    stacks = [n for message in found["experts"] for n in message.rpartition(": ")[2].rstrip(".").split(", ")]
-    if stacks:
-        result["experts"] = stacks
+    bare = {
+        f"{name}.{parameter_name}"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear | Conv1D)
+        for parameter_name, _ in module.named_parameters(recurse=False)
+    }
+    named = [n for n in names(bare) if any("leaves out" in m and is_named(n, m) for m in said)]
+    if named:
+        result["experts"] = named
     return {reason: names(found) for reason, found in result.items()}
 
 
