@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .diagnostics import (
     DIAGNOSTICS_FILE,
+    MAX_ANGLE,
+    MAX_ORTHOGONALITY_ERROR,
     Diagnostics,
     LayerDiagnostics,
     append_diagnostics,
@@ -70,8 +71,8 @@ class POETCallback(TrainerCallback):
         diagnostics_every: int = 0,
         *,
         exact_diagnostics: bool = False,
-        max_angle: float = math.pi / 2,
-        max_orthogonality_error: float = 0.05,
+        max_angle: float = MAX_ANGLE,
+        max_orthogonality_error: float = MAX_ORTHOGONALITY_ERROR,
         max_drift: float | None = None,
     ) -> None:
         for name, value in {"clip_ramp_steps": clip_ramp_steps, "diagnostics_every": diagnostics_every}.items():

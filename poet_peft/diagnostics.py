@@ -32,6 +32,10 @@ from .weights.sharded import full
 
 DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
 
+# The range of what is measured, beyond which `POETCallback` warns and the report finds fault.
+MAX_ANGLE = math.pi / 2
+MAX_ORTHOGONALITY_ERROR = 0.05
+
 _NUM_ENERGY_ROWS = 256
 _NUM_BINS = 16
 _QUANTILES = 0.0, 0.25, 0.5, 0.75, 1.0

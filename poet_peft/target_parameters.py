@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from .layer import POETLayer
 from .maths.blocks import partition_side
 from .targets import is_all_linear, parameter_names, warn_of_unmatched_names, without_indexes
 from .uncalled import reader_of
+from .weights.plain import COMPUTES
 
 
 _OUT_OF_STACKS = "it is no stack of experts and in no linear layer"
@@ -197,7 +197,7 @@ class _Obstacles:
                 f"its shape is {tuple(parameter.shape)}, and only matrices (out, in) and stacks of them "
                 "(num_experts, out, in) are supported"
             )
-        if parameter.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if parameter.dtype not in COMPUTES:
             return _Obstacle(
                 f"its dtype is {parameter.dtype}, and stacked weights are supported in fp32, bf16 and fp16 only",
                 "Load the model dequantized",

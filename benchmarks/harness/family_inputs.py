@@ -44,19 +44,19 @@ class _Inputs:
     # Parts
 
     def images_in_text(self):
-        """Images whose features stand at placeholders among the tokens."""
-        token = self._setting("image_token_id", "image_token_index")
-        if token is None or "input_ids" not in self.parameters or not hasattr(self.model, "get_image_features"):
-            return
-        for values in self._pictures():
-            yield from self._with_placeholders(values, self.model.get_image_features, token)
+        yield from self._in_text("image", self._pictures)
 
     def audio_in_text(self):
-        token = self._setting("audio_token_id", "audio_token_index")
-        if token is None or "input_ids" not in self.parameters or not hasattr(self.model, "get_audio_features"):
+        yield from self._in_text("audio", self._recordings)
+
+    def _in_text(self, kind, parts):
+        """Images or audio whose features stand at placeholders among the tokens."""
+        token = self._setting(f"{kind}_token_id", f"{kind}_token_index")
+        features_of = getattr(self.model, f"get_{kind}_features", None)
+        if token is None or "input_ids" not in self.parameters or features_of is None:
             return
-        for values in self._recordings():
-            yield from self._with_placeholders(values, self.model.get_audio_features, token)
+        for values in parts():
+            yield from self._with_placeholders(values, features_of, token)
 
     def images_beside_text(self):
         if "input_ids" in self.parameters and "pixel_values" in self.parameters:

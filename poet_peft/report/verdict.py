@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..diagnostics import MAX_ANGLE, MAX_ORTHOGONALITY_ERROR
 from .run import Run
 
 
 _MAX_DRIFT = 0.05
-_MAX_ANGLE = math.pi / 2
-_MAX_ORTHOGONALITY_ERROR = 0.05
 
 
 class Sentence(NamedTuple):
@@ -93,12 +92,12 @@ def _first_problems(run: Run, layers: list[tuple[int, dict[str, Any]]]) -> Itera
             yield _problem(step, layer, what, "shorten merge_interval")
             break
     for step, layer in layers:
-        if _largest(layer, "max_angle") > _MAX_ANGLE:
+        if _largest(layer, "max_angle") > MAX_ANGLE:
             what = f"was turned by {math.degrees(_largest(layer, 'max_angle')):.0f} degrees"
             yield _problem(step, layer, what, "shorten merge_interval")
             break
     for step, layer in layers:
-        if _largest(layer, "orthogonality_error") > _MAX_ORTHOGONALITY_ERROR:
+        if _largest(layer, "orthogonality_error") > MAX_ORTHOGONALITY_ERROR:
             what = f"was {_largest(layer, 'orthogonality_error'):.2g} from orthogonal"
             yield _problem(step, layer, what, "pass adaptive_terms=True")
             break
