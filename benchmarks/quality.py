@@ -26,35 +26,45 @@ RESULTS = Path(__file__).parent / "results" / "quality"
 
 # Where each search begins: the best known before, at the same size, data and steps.
 STARTS = {
-    "adamw": Run("adamw", lr=1e-2, matrix_lr=1e-3),
-    "muon": Run("muon", lr=1e-2, matrix_lr=1e-2),
-    "poet-ortho": Run("poet-ortho", lr=1e-2, matrix_lr=2e-2, betas=(0.9, 0.95)),
+    "adamw": Run("adamw", lr=2e-2, matrix_lr=1e-3, weight_decay=0.1, base_init="usual"),
+    "muon": Run("muon", lr=2e-2, matrix_lr=2e-2, base_init="usual"),
+    "poet-ortho": Run(
+        "poet-ortho",
+        lr=4e-2,
+        matrix_lr=2e-2,
+        weight_decay=0.1,
+        options={"config.base_init_scale": 0.7, "optimizer.momentum": 0.9},
+    ),
     "poet-paper": Run("poet-paper", lr=1e-2, matrix_lr=1e-3, options={"config.merge_interval": 200}),
     "frozen": Run("frozen", lr=1e-2),
 }
 RATES = [Rate("matrix_lr"), Rate("lr")]
 CHOICES = [
-    Choice(({"weight_decay": 0.0}, {"weight_decay": 0.1})),
+    Choice(({"weight_decay": 0.0}, {"weight_decay": 0.01}, {"weight_decay": 0.1})),
     Choice(({"warmup": 0.05},)),
     Choice(({"betas": (0.9, 0.95)}, {"betas": (0.9, 0.999)})),
 ]
-ORTHO = Choice(
-    (
-        {"options": {"optimizer.momentum": 0.9, "optimizer.nesterov": False}},
-        {"options": {"optimizer.momentum": 0.9}},
-    )
-)
-INIT_SCALE = Choice(
-    tuple(
-        {"options": lambda run, scale=scale: {**run.options, "config.base_init_scale": scale}} for scale in (0.5, 0.7)
-    )
-)
-MODEL_INIT = Choice(({"base_init": "usual"},))
+MODEL_INIT = Choice(({"base_init": "usual"}, {"base_init": "normalized"}))
+
+
+def with_option(name, value):
+    return {"options": lambda run: {**run.options, name: value}}
+
+
+def without_option(name):
+    return {"options": lambda run: {key: value for key, value in run.options.items() if key != name}}
+
+
+UNSCALED = without_option("config.base_init_scale")
+ORTHO = [
+    Choice((with_option("optimizer.momentum", 0.95), with_option("optimizer.nesterov", False))),
+    Choice((with_option("config.base_init_scale", 0.5), UNSCALED, {"base_init": "usual", **UNSCALED})),
+]
 COORDINATES = {
     "frozen": [Rate("lr")],
     "adamw": [*RATES, *CHOICES, MODEL_INIT],
-    "muon": [MODEL_INIT, *RATES, Choice(({"options": {"optimizer.momentum": 0.9}},)), *CHOICES],
-    "poet-ortho": [*RATES, ORTHO, *CHOICES, MODEL_INIT, INIT_SCALE],
+    "muon": [*RATES, Choice((with_option("optimizer.momentum", 0.9),)), *CHOICES, MODEL_INIT],
+    "poet-ortho": [*RATES, *CHOICES, *ORTHO],
 }
 # Each part of the recipe left out, or changed, at the best settings of it.
 PARTS = {
