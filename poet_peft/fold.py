@@ -105,7 +105,7 @@ def merge_and_reinitialize(
         raise ValueError("the model has no POET layer to fold: wrap it first, get_peft_model(model, POETConfig(...)).")
     check_sharding(model)
     check_checkpoints_hold_folds()
-    reshard(model)
+    reshard(model.modules())
     if optimizer is not None:
         check_can_fold(optimizer, [rotation.weight for item in items for rotation in item.rotations])
     return fold(items, [] if optimizer is None else [optimizer])

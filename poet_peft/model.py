@@ -72,7 +72,7 @@ class POETModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         keep_exact(model)
-        reshard(model)
+        reshard(model.modules())
         config = self.peft_config[adapter_name]
         requested, named = config.target_modules, config.target_parameters
         targets = self._settle_targets(model, config)
@@ -290,7 +290,7 @@ class POETModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        reshard(self.model)
+        reshard(self.model.modules())
         for _, layer in poet_layers(self.model):
             layer.check_mergeable()
 

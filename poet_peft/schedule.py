@@ -24,7 +24,7 @@ from .errors import POETFoldError
 from .fold import FoldItem, MergeReport, check_can_fold, check_foldable, fold_quietly
 from .layer import POETLayer, living_layers
 from .rotation import Rotation
-from .weights.sharded import check_checkpoints_hold_folds, check_whole, full, reshard_all
+from .weights.sharded import check_checkpoints_hold_folds, check_whole, full, reshard, sharded_modules
 
 
 # Over so many steps rotations grow far beyond what one step adds, so that one which came back is told from a new one.
@@ -77,7 +77,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     layers = living_layers()
     if not layers or _was_skipped(optimizer) or _only_made_state(optimizer):
         return
-    reshard_all()
+    reshard(sharded_modules())
     # A step without any gradient moves nothing, as the one that Trainer adds to a finished run.
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     mine = [r for layer in layers for adapter in layer.poet_config for r in layer.rotations(adapter)]

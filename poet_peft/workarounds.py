@@ -6,7 +6,7 @@
 - `keep_exact`: until bitsandbytes keeps fp32 scales, and a backward, for 4-bit layers on CPUs with AVX512-BF16 (not in
   0.50).
 
-Elsewhere: `weights.sharded.reshard_all` reads a private mapping of torch (2.13), `registration.ensure_peft_type`
+Elsewhere: `weights.sharded.sharded_modules` reads a private mapping of torch (2.13), `registration.ensure_peft_type`
 extends PEFT's enum (0.21).
 """
 

@@ -39,7 +39,7 @@ def check_sharding(model: nn.Module) -> None:
     Raises:
         ValueError: FSDP1, or DeepSpeed ZeRO-3; names the way out.
     """
-    if torch.distributed.is_available():
+    if dist.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
@@ -159,25 +159,21 @@ def check_whole(name: str, parameter: Tensor, num_entries: int) -> None:
         )
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(modules: Iterable[nn.Module]) -> None:
     """Let go of gathered weights, which a forward without backward leaves behind: writing to them would be lost."""
-    if not torch.distributed.is_available():
+    if not dist.is_available():
         return
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def reshard_all() -> None:
-    """`reshard` for all models of the process that `fully_shard` was applied to."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
+def sharded_modules() -> list[nn.Module]:
+    """The modules of all models of the process that `fully_shard` was applied to."""
+    if not dist.is_available() or not dist.is_initialized():
+        return []
     from torch.distributed._composable_state import _module_state_mapping
-    from torch.distributed.fsdp import FSDPModule
 
-    for module in list(_module_state_mapping):
-        module = module() if callable(module) and not isinstance(module, nn.Module) else module
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return list(_module_state_mapping)
