@@ -17,6 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
+from benchmarks.harness.poet_variants import SPECTRA
 from benchmarks.harness.quality_run import Run, measure
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import read_tokens
@@ -66,7 +67,7 @@ COORDINATES = {
     "muon": [*RATES, Choice((with_option("optimizer.momentum", 0.9),)), *CHOICES, MODEL_INIT],
     "poet-ortho": [*RATES, *CHOICES, *ORTHO],
 }
-# Each part of the recipe left out, or changed, at the best settings of it.
+# Each part of the recipe left out or changed, and what might improve it, at the best settings of it.
 PARTS = {
     "blocks of 128": {"options": {"config.block_size": 128}},
     "3 Newton-Schulz steps": {"options": {"optimizer.num_newton_schulz_steps": 3}},
@@ -75,11 +76,13 @@ PARTS = {
     },
     "the angle by the learning rate": {"matrix_lr": None},
     "both sides at once": {"options": {"optimizer.alternate": False}},
-    "initial weights x 0.7": {"options": {"config.base_init_scale": 0.7}},
-    "initial weights x 1.4": {"options": {"config.base_init_scale": 1.4}},
     "without look-ahead": {"options": {"optimizer.nesterov": False}},
     "AdamW for the rotations": {"method": "poet-ortho-adamw"},
     "blocks of 64": {"options": {"config.block_size": 64}},
+    "one block a side": {"options": {"config.block_size": 1024}},
+    "a gain for each output": {"options": {"variant.gains": "output"}},
+    "a gain for each layer": {"options": {"variant.gains": "layer"}},
+    **{f"initial weights {name}": {"options": {"variant.spectra": name}} for name in SPECTRA},
 }
 SEEDS = (42, 43, 44)
 FINAL_STEPS = 1600

@@ -12,7 +12,8 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_ne
 
 from benchmarks import quality
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
-from benchmarks.harness.quality_methods import METHODS, newton_schulz_of_muon
+from benchmarks.harness.llama import targeted_layers
+from benchmarks.harness.quality_methods import METHODS, build, newton_schulz_of_muon
 from benchmarks.harness.quality_run import BATCH_SIZE, Run, batches, measure, schedule
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
@@ -172,6 +173,30 @@ def test_every_method_trains(method, tokens):
     assert result["loss"] < math.log(64) - 0.02
 
 
+@pytest.mark.parametrize("gains", ["layer", "output"])
+def test_gains_train(gains, tokens):
+    """Beyond what the rotations and the rest learn, which a learning rate of 0 leaves out."""
+    run = replace(START, method="poet-ortho", options={"variant.gains": gains}, lr=0.1, matrix_lr=0.0)
+    model, (optimizer,) = build(run, tokens)
+    layer = targeted_layers(model)[0]
+    model(input_ids=tokens.train[:4], labels=tokens.train[:4]).loss.backward()
+    optimizer.step()
+    assert layer.gain.shape == (() if gains == "layer" else (layer.out_features,))
+    assert layer.gain.abs().min() > 0
+
+
+@pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])
+def test_spectra_have_the_norm_of_the_weights(spectra, largest, tokens):
+    options = {"variant.spectra": spectra}
+    weight, changed = (
+        targeted_layers(build(replace(START, method="poet-ortho", options=o), tokens)[0])[0].base_layer.weight
+        for o in ({}, options)
+    )
+    values = torch.linalg.svdvals(changed)
+    assert changed.norm().item() == pytest.approx(weight.norm().item(), rel=1e-5)
+    assert (values[0] / values[3]).item() == pytest.approx(largest, rel=1e-4)
+
+
 def replace_train(tokens):
     """Sequences that repeat one token, which is quickly learned."""
     rows = torch.arange(64).repeat_interleave(16).reshape(64, 16)
@@ -255,6 +280,12 @@ def test_range_of_rates_near_the_best_says_where_it_goes_on(losses, text):
 def test_final_runs_are_those_of_the_longest_with_equal_settings():
     runs = [result(steps=400), *(result(steps=1600, seed=seed) for seed in (42, 43))]
     assert [run["run"]["seed"] for run in report.final_runs(runs)["adamw"]] == [42, 43]
+
+
+def test_variants_are_no_runs_of_the_search():
+    runs = [result("poet-ortho"), result("poet-ortho", loss=0.5, options={"variant.gains": "layer"})]
+    assert [run["loss"] for run in report.tuning_runs(runs)["poet-ortho"]] == [1.0]
+    assert "| gains | layer | 0.500 |" in report.parts_table(runs)
 
 
 def test_results_of_one_length_have_no_final_runs():

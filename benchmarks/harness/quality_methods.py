@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
 
 from .llama import PRESETS, llama, targeted_layers
+from .poet_variants import add_gains, change_spectra
 
 
 # Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
@@ -85,7 +86,13 @@ def poet_paper(model, run):
 
 def poet_ortho(model, run):
     model = poet_model(model, run, recipe="ortho")
-    return model, [RotationMuon(ortho_groups(model, run), betas=run.betas, **options(run, "optimizer"))]
+    groups = ortho_groups(model, run)
+    variant = options(run, "variant")
+    if "spectra" in variant:
+        change_spectra(model, variant["spectra"])
+    if "gains" in variant:
+        groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
+    return model, [RotationMuon(groups, betas=run.betas, **options(run, "optimizer"))]
 
 
 def poet_ortho_adamw(model, run):

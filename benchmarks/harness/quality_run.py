@@ -41,7 +41,8 @@ class Run:
         betas: of AdamW.
         base_init: initial weights of the linear layers, see `POETConfig`, or "usual", the model's own.
         options: a method's own settings, "config.NAME" of its PEFT configuration, "optimizer.NAME" of the optimizer of
-            its linear layers, "groups.NAME" of `poet_param_groups`.
+            its linear layers, "groups.NAME" of `poet_param_groups`, "variant.spectra" and "variant.gains" of
+            `poet_variants`.
     """
 
     method: str
@@ -77,6 +78,8 @@ class Run:
     @property
     def family(self):
         """What the run is a run of: the method and its variant."""
+        if any(key.startswith("variant.") for key in self.options):
+            return f"{self.method}-variant"
         variant = {"block_stochastic": "-bs", "fully_stochastic": "-fs"}.get(self.options.get("config.variant"), "")
         return self.method + variant
 

@@ -1,0 +1,57 @@
+"""What the comparison tries beyond what the package has: other initial spectra, and gains."""
+
+import torch
+
+from .llama import targeted_layers
+
+
+@torch.no_grad()
+def change_spectra(model, name):
+    """Give the linear layers of a wrapped model initial weights of other spectra, a key of `SPECTRA`."""
+    names = {module: name for name, module in model.named_modules()}
+    for layer in targeted_layers(model):
+        weight = layer.base_layer.weight
+        weight.copy_(SPECTRA[name](weight, names[layer].rpartition(".")[2]))
+
+
+def scaled(factors):
+    """Weights times a factor by the kind of layer."""
+    return lambda weight, kind: weight * factors.get(kind, 1.0)
+
+
+def power_law(exponent):
+    """Singular values `i^-exponent`, at the norm and with the singular vectors of the weight."""
+
+    def change(weight, kind):
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        values = torch.arange(1, len(S) + 1, dtype=S.dtype) ** -exponent
+        return (U * (values * S.norm() / values.norm())) @ Vh
+
+    return change
+
+
+SPECTRA = {
+    "double-q-k": scaled({"q_proj": 2.0, "k_proj": 2.0}),
+    "half-o-down": scaled({"o_proj": 0.5, "down_proj": 0.5}),
+    "equal": power_law(0.0),
+    "decaying": power_law(0.5),
+}
+
+
+def add_gains(model, per):
+    """Multiply what the linear layers of a wrapped model return by gains that train, 1 at the start.
+
+    Args:
+        per: "layer" for one number a layer, "output" for one for each output feature.
+
+    Returns:
+        The parameters: how much the gains differ from 1.
+    """
+    layers = targeted_layers(model)
+    return [_add_gain(layer, () if per == "layer" else layer.base_layer.out_features) for layer in layers]
+
+
+def _add_gain(layer, shape):
+    layer.gain = torch.nn.Parameter(torch.zeros(shape))
+    layer.register_forward_hook(lambda layer, inputs, y: y * (1 + layer.gain))
+    return layer.gain
