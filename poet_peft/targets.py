@@ -123,7 +123,8 @@ def check_targets(
         clipped += _check_block_size(name, layer, config)
     _check_called(model, [name for name, _ in targets])
     if clipped:
-        warnings.warn(f"The block size is larger than the side and was clipped to it: {'; '.join(clipped)}.")
+        sides = "; ".join(without_indexes(clipped))
+        warnings.warn(f"The block size is larger than the side and was clipped to it: {sides}.")
     if config.base_init is not None and not config.is_from_file:
         _warn_if_pretrained(model, config)
 
