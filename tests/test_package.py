@@ -93,6 +93,14 @@ def test_changelog_has_the_version():
     assert f"\n## [{poet_peft.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_constraints_pin_nothing_that_the_tests_do_not_bring_along():
+    """A pin of a package that nobody here needs can forbid the version that another platform's torch asks for."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(Requirement(line).name) for line in lines if not line.startswith("#")}
+    installed = {canonicalize_name(distribution.name) for distribution in importlib.metadata.distributions()}
+    assert pinned <= installed
+
+
 def test_constraints_pin_every_direct_dependency_within_its_bounds():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines if line[0] != "#")}
