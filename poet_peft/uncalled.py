@@ -38,7 +38,7 @@ _CONDITIONS: dict[tuple[str, str], Callable[[nn.Module], bool]] = {
     ("BloomAttention", "dense"): _computes_in_slices,
     ("BloomMLP", "dense_4h_to_h"): _computes_in_slices,
     ("DisentangledSelfAttention", "in_proj"): _never,  # DeBERTa; in a branch that no caller takes
-    ("TransformerEncoderLayer", "linear1"): _never,  # the fast path, which has its own check
+    ("TransformerEncoderLayer", "linear1"): _never,  # in the fast path only, and the rotated weight: see `ReadLinear`
     ("TransformerEncoderLayer", "linear2"): _never,
 }
 
