@@ -1,7 +1,7 @@
 """Layers whose weight another module reads instead of calling them, so that an adapter around them has no effect.
 
-Examples are the `dt_proj` of a state-space model, which is multiplied by hand, and the `out_proj` of
-`nn.MultiheadAttention`. They are found in the source of the modules that hold them.
+Examples are the `dt_proj` of a state-space model, which is multiplied by hand, and the `out_proj` of an
+`nn.MultiheadAttention` that is not rotated itself. They are found in the source of the modules that hold them.
 """
 
 from __future__ import annotations
