@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .exchange import call_with
 from .ops.paths import rotated_weight
 from .ops.sides import Side, with_identity_check
 from .rotated_module import RotatedModule
@@ -55,10 +56,4 @@ class Convolution(RotatedModule):
         rotated = rotated.view(weight.shape)
         if is_plain(self.base_layer):
             return self.base_layer._conv_forward(x, rotated, self.base_layer.bias)
-        if "weight" not in self.base_layer._parameters:
-            raise ValueError(
-                f"{self.module_name!r} ({type(self.base_layer).__name__}) is a convolution with a forward or a hook "
-                "of its own, and its weight is no parameter now, as inside FSDP1, so that it cannot be called with "
-                "another. Use fully_shard (FSDP2), or add it to exclude_modules."
-            )
-        return torch.func.functional_call(self.base_layer, {"weight": rotated}, (x, *args), kwargs)
+        return call_with(self.base_layer, "weight", rotated, (x, *args), kwargs)

@@ -39,7 +39,7 @@ class DeltaWeight:
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` can convert the adapter. Warns of the reason where it cannot."""
         obstacle = self._obstacle_to_delta(adapter_name)
-        if isinstance(self.get_base_layer(), (*CONVOLUTIONS, nn.Embedding)):
+        if isinstance(self.get_base_layer(), (*CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
             kind = type(self.get_base_layer()).__name__
             obstacle = f"PEFT converts linear layers, and {self.module_name!r} is a {kind}."
         if obstacle:

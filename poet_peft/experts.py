@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from .config import POETConfig
-from .ops.paths import rotated_weight
+from .exchange import call_with
 from .ops.sides import Side, with_identity_check
 from .rotated_module import RotatedModule
 from .weights.layout import WeightLayout
-from .weights.plain import PlainWeight, RotatedSide
+from .weights.plain import ParameterWeight, RotatedSide
 
 
 # Experts of (num_experts, in, out) whose class does not say so.
 _TRANSPOSED = {"Llama4TextExperts"}
 
 
-class StackedWeight(PlainWeight):
+class StackedWeight(ParameterWeight):
     """A parameter (num_experts, out, in), or (num_experts, in, out) where the module says so; or one matrix.
 
     As a matrix it is the stack (num_experts, out, in), in which every expert is rotated by itself: see
@@ -32,19 +32,6 @@ class StackedWeight(PlainWeight):
         is_transposed = getattr(self.layer, "is_transposed", False) or type(self.layer).__name__ in _TRANSPOSED
         return WeightLayout.TRANSPOSED_STACK if is_transposed else WeightLayout.STACK
 
-    def check_readable(self, name: str) -> None:
-        if self.name not in self.layer._parameters:
-            raise ValueError(
-                f"{name!r} is computed from other tensors, as by a parametrization, so what is written to it would be "
-                "lost. Remove the parametrization first, or keep the adapter beside the base, with merge_interval=0."
-            )
-
-    def sides(self) -> list[RotatedSide]:
-        """The sides that can be rotated, with each expert as a group."""
-        num_experts, out_features, in_features = self.as_matrix(self.parameter).shape
-        sides = {"R": out_features, "P": in_features}
-        return [RotatedSide(side, num_experts * dim, num_experts) for side, dim in sides.items() if dim > 1]
-
 
 # PEFT recognises by this name that a parameter's wrapper may have another one's around it.
 class ParamWrapper(RotatedModule):
@@ -54,7 +41,9 @@ class ParamWrapper(RotatedModule):
     not rotated. Wrappers of several parameters of a module are nested.
     """
 
-    takes_samples = False
+    weight_type: type[ParameterWeight] = StackedWeight
+    setting = "target_parameters"  # that names what is rotated
+    mixes_samples = "gets the tokens of all samples together"
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: POETConfig, module_name: str, parameter_name: str
@@ -63,8 +52,8 @@ class ParamWrapper(RotatedModule):
         super().__init__(base_layer, adapter_name, config, module_name)
 
     @property
-    def base_weight(self) -> StackedWeight:
-        return StackedWeight(self.get_base_layer(), self.weight_name)
+    def base_weight(self) -> ParameterWeight:
+        return self.weight_type(self.get_base_layer(), self.weight_name)
 
     @property
     def weight_layout(self) -> WeightLayout:
@@ -72,7 +61,7 @@ class ParamWrapper(RotatedModule):
 
     def weight_features(self) -> tuple[int, int]:
         """Of each expert."""
-        _, out_features, in_features = self.base_weight.as_matrix(self.base_parameter).shape
+        *_, out_features, in_features = self.base_weight.as_matrix(self.base_parameter).shape
         return out_features, in_features
 
     def weight_sides(self) -> list[RotatedSide]:
@@ -85,21 +74,14 @@ class ParamWrapper(RotatedModule):
     def _rotated_forward(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         R, P = self.sides(adapters)
         weight = self.base_weight
-        if self.weight_name not in weight.layer._parameters:
-            raise ValueError(
-                f"{self.module_name!r} is no parameter while its module is called, as inside FSDP1, so that it cannot "
-                "be called with another. Use fully_shard (FSDP2)."
-            )
         if weight.parameter.is_meta and not any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
             raise ValueError(
                 f"{self.module_name!r} is offloaded, so that it cannot be rotated. Keep its module on a device "
-                "(device_map), or leave it out of target_parameters."
+                f"(device_map), or leave it out of {self.setting}."
             )
         identity = self._is_at_identity(adapters, [*R, *P])
-        matrix = rotated_weight(weight.as_matrix(weight.parameter.detach()), R, P, identity)
         name = self.path_to_weight.removeprefix("base_layer.")
-        rotated = {name: weight.as_weight(matrix).contiguous()}
-        y = torch.func.functional_call(self.base_layer, rotated, args, kwargs)
+        y = call_with(self.base_layer, name, self._rotated_parameter(R, P, identity), args, kwargs)
         return _with_identity_check(y, (*R, *P)) if identity else y
 
     def unload_and_optionally_merge_module(

@@ -18,6 +18,7 @@ from .config import POETConfig
 from .delta import DeltaWeight
 from .dial import ScaledAdapters
 from .errors import POETCheckpointError
+from .exchange import call_with
 from .maths.blocks import partition_side
 from .ops import reference
 from .ops.sides import Side
@@ -70,7 +71,7 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
     adapter_layer_names = ("poet_R", "poet_P")
     other_param_names = ("poet_state", "poet_residual", "poet_config", "poet_scaling")
     weight_name = "weight"  # of the parameter that is rotated, in the base layer
-    takes_samples = True  # whether an input has a row for each sample of the batch
+    mixes_samples: str | None = None  # why the samples of a batch cannot have adapters of their own; None: they can
 
     def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -230,8 +231,8 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
     def _original_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.poet_initial_weight is None:
             return self.base_layer(*args, **kwargs)
-        weight = {self.path_to_weight.removeprefix("base_layer."): self.poet_initial_weight}
-        return torch.func.functional_call(self.base_layer, weight, args, kwargs)
+        name = self.path_to_weight.removeprefix("base_layer.")
+        return call_with(self.base_layer, name, self.poet_initial_weight, args, kwargs)
 
     # Merge and unmerge
 

@@ -50,3 +50,16 @@ class Linear(RotatedModule):
             rotated = rotate(rotated, side)
         # The change, not the result, is put back under the bias: the identity then changes no bit.
         return rotated if bias is None else y + (rotated - unrotated)
+
+
+class ReadLinear(Linear):
+    """POET around an `nn.Linear` whose weight other modules read, always or at times, instead of calling it.
+
+    They read the rotated weight.
+    """
+
+    mixes_samples = "its weight is read for all samples together"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.weight_in_use()

@@ -74,10 +74,10 @@ def _check(model: nn.Module, layers: Sequence[POETLayer], adapter_names: Sequenc
             f"{', '.join(sorted(known))}, and {BASE!r} for samples without an adapter."
         )
     for layer in layers:
-        if not layer.takes_samples and any(layer.has_adapter(name) for name in adapter_names):
+        if layer.mixes_samples and any(layer.has_adapter(name) for name in adapter_names):
             raise ValueError(
-                f"Cannot pass `adapter_names`: {layer.module_name!r} is rotated, and gets the tokens of all samples "
-                "together. Run the samples of each adapter in a batch of their own, after set_adapter()."
+                f"Cannot pass `adapter_names`: {layer.module_name!r} is rotated, and {layer.mixes_samples}. Run the "
+                "samples of each adapter in a batch of their own, after set_adapter()."
             )
     if BASE in adapter_names:
         for layer in layers:

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
 
+from .attention import MultiheadAttention, reach_attention, rotated_parts
 from .combine import check_combinable, weighted_parameters, write_sum
 from .config import POETConfig
 from .convolution import Convolution
@@ -27,23 +28,30 @@ from .experts import ParamWrapper
 from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
 from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
 from .layer import POETLayer, poet_layers
-from .linear import Linear
+from .linear import Linear, ReadLinear
 from .mixed_batch import named_adapters, num_repeats_of
 from .target_parameters import check_target_parameters, reach_experts, warn_of_unreached_weights
-from .targets import check_supported, check_targets, leave_out, warn_of_unmatched_patterns
+from .targets import (
+    check_supported,
+    check_targets,
+    is_all_linear,
+    layer_names,
+    leave_out,
+    warn_of_unmatched_patterns,
+)
 from .weights.initial import draw_weight
-from .weights.plain import CONVOLUTIONS, PlainWeight, features, rotated_sides
+from .weights.plain import CONVOLUTIONS, PlainWeight, rotated_sides
 from .weights.sharded import check_gathered_in_forward, reshard
 from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied
 
 
-_KINDS = {Convolution: CONVOLUTIONS, Embedding: nn.Embedding}
+_KINDS = {Convolution: CONVOLUTIONS, Embedding: nn.Embedding, MultiheadAttention: nn.MultiheadAttention}
 
 
 class POETModel(BaseTuner):
     """POET (arXiv 2506.08001) around the layers of a model: `y = R W P x + bias`, `W` frozen.
 
-    Linear layers, convolutions and embeddings.
+    Linear layers, convolutions, embeddings, and the attention of torch.
 
     Usually made by `get_peft_model(model, POETConfig(...))`.
 
@@ -83,7 +91,7 @@ class POETModel(BaseTuner):
             reach_experts(model, config, requested)
             parameters = check_target_parameters(model, config)
             warn_of_unreached_weights(model, requested, named)
-            warn_of_unmatched_patterns(config, [*(name for name, _ in targets), *parameters])
+            warn_of_unmatched_patterns(config, [*layer_names(config, targets), *parameters])
         clear_leftover_gguf_flags(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -96,12 +104,16 @@ class POETModel(BaseTuner):
         requested = config.target_modules
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         config = _maybe_include_all_linear_layers(config, model)
+        if is_all_linear(requested):
+            reach_attention(model, config)
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = [
             (name, module)
             for name, module in model.named_modules()
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
         ]
+        attentions = tuple(f"{name}." for name, module in targets if isinstance(module, nn.MultiheadAttention))
+        targets = [(name, module) for name, module in targets if not name.startswith(attentions)]
         kept = leave_out(model, config, requested, targets)
         if len(kept) == len(targets):
             return targets
@@ -151,7 +163,8 @@ class POETModel(BaseTuner):
     ) -> None:
         parameter_name = optional_kwargs.get("parameter_name")
         if isinstance(target, POETLayer) and parameter_name in (None, target.weight_name):
-            target.update_layer(adapter_name, config)
+            if not isinstance(parent, MultiheadAttention):  # which has seen to it
+                target.update_layer(adapter_name, config)
             return
         if parameter_name is not None:
             new_module = ParamWrapper(target, adapter_name, config, current_key, parameter_name)
@@ -162,14 +175,18 @@ class POETModel(BaseTuner):
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization_kwargs = get_quantization_kwargs(self)
         check_supported(current_key, layer, **{k: v for k, v in quantization_kwargs.items() if v is not None})
-        if not rotated_sides(layer):
+        is_attention = isinstance(layer, nn.MultiheadAttention)
+        if not is_attention and not rotated_sides(layer):
             warnings.warn(f"{current_key!r} has one input and one output feature: nothing to rotate, left as it is.")
             return
-        if config.base_init is not None and not layer.weight.is_meta:
-            drawn = draw_weight(*features(layer), config.base_init, seed=config.seed, module_name=current_key)
-            PlainWeight(layer).write(config.base_init_scale * drawn)
+        if config.base_init is not None:
+            parts = rotated_parts(current_key, layer, config) if is_attention else {current_key: PlainWeight(layer)}
+            for name, weight in parts.items():
+                _draw(name, weight, config)
         kind = next((kind for kind, layers in _KINDS.items() if isinstance(layer, layers)), Linear)
-        new_module = kind(target, adapter_name, config, current_key, **quantization_kwargs)
+        if kind is Linear and isinstance(parent, nn.TransformerEncoderLayer):
+            kind = ReadLinear
+        new_module = kind(target, adapter_name, config, current_key, **({} if is_attention else quantization_kwargs))
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
@@ -352,6 +369,14 @@ class POETModel(BaseTuner):
 
         check_adapter_tensors(adapter_name, layers, adapter, expected)
         return {**adapter, **load_base_tensors(model, config, adapter_name, layers, base, required, optional)}
+
+
+def _draw(name: str, weight: PlainWeight, config: POETConfig) -> None:
+    if weight.parameter.is_meta:
+        return
+    shape = weight.as_matrix(weight.parameter).shape
+    drawn = draw_weight(*shape, config.base_init, seed=config.seed, module_name=name)
+    weight.write(config.base_init_scale * drawn)
 
 
 def _warn_if_never_stepped(adapter_name: str, layers: Iterable[POETLayer]) -> None:

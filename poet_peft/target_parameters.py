@@ -14,7 +14,8 @@ from .config import POETConfig
 from .experts import StackedWeight
 from .layer import POETLayer
 from .maths.blocks import partition_side
-from .targets import is_all_linear, parameter_names, warn_of_unmatched_names, without_indexes
+from .obstacles import Obstacle, without_indexes
+from .targets import is_all_linear, parameter_names, warn_of_unmatched_names
 from .uncalled import reader_of
 from .weights.plain import COMPUTES
 
@@ -36,13 +37,6 @@ class _Named(NamedTuple):
     @property
     def module_name(self) -> str:
         return self.name.rpartition(".")[0]
-
-
-class _Obstacle(NamedTuple):
-    """Why a parameter is not rotated, and what can be done about it beside leaving it out; "" if nothing can."""
-
-    reason: str
-    way_out: str = ""
 
 
 def _named_parameters(model: nn.Module) -> Iterator[_Named]:
@@ -67,10 +61,7 @@ def check_target_parameters(model: nn.Module, config: POETConfig) -> list[str]:
         names += [named.name] if matched else []
         found.update(matched)
         if matched and (obstacle := obstacles.of(named)):
-            ways_out = f"{obstacle.way_out}, or take" if obstacle.way_out else "Take"
-            raise ValueError(
-                f"POET cannot rotate {named.name!r}: {obstacle.reason}. {ways_out} it out of target_parameters."
-            )
+            raise ValueError(obstacle.refusal(repr(named.name), "target_parameters"))
     missing = sorted(set(targets) - found)
     if missing:
         raise ValueError(
@@ -93,13 +84,13 @@ def reach_experts(model: nn.Module, config: POETConfig, requested: set[str] | st
         return
     obstacles = _Obstacles(model, config)
     reached: list[str] = []
-    left_out: dict[_Obstacle, list[str]] = {}
+    left_out: dict[Obstacle, list[str]] = {}
     for named in _weights_of_mixtures(model):
         if isinstance(check_target_module_exists(config, named.module_name), _ExcludedModule):
             continue
         obstacle = obstacles.of(named)
         if obstacle is None and named.parameter.dim() != 3:
-            obstacle = _Obstacle(_OUT_OF_STACKS, "To rotate it too, name it in target_parameters")
+            obstacle = Obstacle(_OUT_OF_STACKS, "To rotate it too, name it in target_parameters")
         if obstacle is None:
             reached.append(named.name)
         else:
@@ -108,11 +99,7 @@ def reach_experts(model: nn.Module, config: POETConfig, requested: set[str] | st
         config.target_parameters = _short_names(reached, model)
     trains = " It trains in full." if config.train_rest else ""
     for obstacle, names in left_out.items():
-        way_out = f" {obstacle.way_out}." if obstacle.way_out else ""
-        warnings.warn(
-            f"target_modules={requested!r} leaves out {', '.join(without_indexes(names))}: {obstacle.reason}."
-            f"{way_out}{trains}"
-        )
+        warnings.warn(f"{obstacle.warning(requested, names)}{trains}")
 
 
 def warn_of_unreached_weights(
@@ -175,40 +162,41 @@ class _Obstacles:
         foreign = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, POETLayer))
         self._foreign = {id(module): type(layer).__name__ for layer in foreign for module in layer.modules()}
 
-    def of(self, named: _Named) -> _Obstacle | None:
+    def of(self, named: _Named) -> Obstacle | None:
         """The first obstacle; None where the parameter can be rotated."""
         module, parameter, config = named.module, named.parameter, self.config
-        if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+        is_attention = isinstance(module, nn.MultiheadAttention) and named.parameter_name == "in_proj_weight"
+        if is_attention or isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
             kind = type(module).__name__
-            return _Obstacle(
+            return Obstacle(
                 f"it is the weight of a layer ({kind}), which is rotated by the name of the layer",
                 "Name the layer in target_modules",
             )
         if id(module) in self._foreign:
-            return _Obstacle(
+            return Obstacle(
                 f"its module carries the adapter of another method ({self._foreign[id(module)]})",
                 "Merge that one first",
             )
         if reader := reader_of(self.model, named.module_name, named.parameter_name):
             kind = type(reader).__name__
-            return _Obstacle(f"{kind} computes with it and not its own module, so that its rotations would not train")
+            return Obstacle(f"{kind} computes with it and not its own module, so that its rotations would not train")
         if parameter.dim() not in (2, 3) or min(parameter.shape[-2:]) < 2:
-            return _Obstacle(
+            return Obstacle(
                 f"its shape is {tuple(parameter.shape)}, and only matrices (out, in) and stacks of them "
                 "(num_experts, out, in) are supported"
             )
         if parameter.dtype not in COMPUTES:
-            return _Obstacle(
+            return Obstacle(
                 f"its dtype is {parameter.dtype}, and stacked weights are supported in fp32, bf16 and fp16 only",
                 "Load the model dequantized",
             )
         if config.base_init is not None:
-            return _Obstacle(
+            return Obstacle(
                 f"base_init={config.base_init!r} draws the weights of linear layers and convolutions only",
                 "Pass base_init=None",
             )
         if config.memory_efficient:
-            return _Obstacle(
+            return Obstacle(
                 "memory_efficient=True has no effect on it, since the forward of its module keeps the weight that it "
                 "is called with",
                 "Pass memory_efficient=False and use gradient checkpointing of the model",
@@ -218,10 +206,10 @@ class _Obstacles:
                 partition_side(config.variant, config.block_size_of(named.name), dim, groups)
             except ValueError as error:
                 side = {"R": "output", "P": "input"}[side]
-                return _Obstacle(f"{error} ({side} side)", "Pass another block_size or a block_size_pattern for it")
+                return Obstacle(f"{error} ({side} side)", "Pass another block_size or a block_size_pattern for it")
         shared = [name.replace(".base_layer", "") for name in self._owners[id(parameter)]]
         if len(shared) > 1:
-            return _Obstacle(
+            return Obstacle(
                 f"it is shared by {', '.join(map(repr, shared))}, and a rotation of one would change the other"
             )
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .attention import obstacle_to, rotated_parts, weights_of
 from .config import POETConfig
 from .maths.blocks import partition_side
+from .obstacles import without_indexes
 from .other_linear import returns_something_else
 from .uncalled import reader_of
 from .weights import base_weight_of
-from .weights.plain import CONVOLUTIONS, NEVER_CALLED, rotated_sides
+from .weights.plain import CONVOLUTIONS, READ_LINEAR, RotatedSide, rotated_sides
 from .weights.quantized import QuantizedWeight
 
 
@@ -47,7 +49,11 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
             f"POET cannot rotate {name!r} of type {type(layer).__name__}, {_RETURNS_ELSE}, so that there is no output "
             "to rotate. Take it out of target_modules, or add it to exclude_modules."
         )
-    if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, NEVER_CALLED):
+    if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, READ_LINEAR):
+        return
+    if isinstance(layer, nn.MultiheadAttention):
+        if obstacle := obstacle_to(layer):
+            raise TypeError(obstacle.refusal(f"{name!r} of type {type(layer).__name__}", "target_modules"))
         return
     if isinstance(layer, CONVOLUTIONS) and backend is None:
         return _check_convolution(name, layer)
@@ -57,12 +63,12 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
     if backend is not None and backend.layer_type == "linear" and backend.backend_name != "te":
         return
     reason = ""
-    if isinstance(layer, nn.MultiheadAttention | NEVER_CALLED):
-        reason = " torch.nn.MultiheadAttention computes with its weights without calling a layer."
+    if isinstance(layer, READ_LINEAR):
+        reason = " It is rotated with its torch.nn.MultiheadAttention, by the name of that."
     raise TypeError(
         f"POET cannot rotate {name!r} of type {type(layer).__name__}: only torch.nn.Linear (also quantized), "
-        f"transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d and Embedding are supported.{reason} Take it out of "
-        "target_modules, or add it to exclude_modules."
+        "transformers' Conv1D, torch.nn.Conv1d, Conv2d, Conv3d, Embedding and MultiheadAttention are "
+        f"supported.{reason} Take it out of target_modules, or add it to exclude_modules."
     )
 
 
@@ -115,10 +121,9 @@ def check_targets(
     clipped = []
     for name, module in targets:
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        check_supported(name, layer, **quantization_kwargs)
         _check_not_stacked(name, module, layer)
+        check_supported(name, layer, **quantization_kwargs)
         _check_not_shared(name, layer, owners)
-        _check_not_bypassed(name, model)
         _check_base_can_change(name, layer, config, **quantization_kwargs)
         clipped += _check_block_size(name, layer, config)
     _check_called(model, [name for name, _ in targets])
@@ -207,11 +212,6 @@ def warn_of_unmatched_names(model: nn.Module, target_modules: set[str] | str | N
         )
 
 
-def without_indexes(names: Iterable[str]) -> list[str]:
-    """Names with `*` for the index of a layer, each once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-
-
 def _output_heads(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> list[str]:
     """Names of the targets that give labels, scores or tokens: outside the base model, and as wide as these are."""
     if not isinstance(model, PreTrainedModel):
@@ -231,7 +231,7 @@ def _output_heads(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> lis
 def _shared_weights(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
     """All names of the weights of targets that have several."""
     owners = parameter_names(model)
-    names = {name: owners.get(id(getattr(layer, "weight", None)), []) for name, layer in targets}
+    names = {name: max((owners.get(id(w), []) for w in _weights(layer)), key=len) for name, layer in targets}
     return {name: found for name, found in names.items() if len(found) > 1}
 
 
@@ -271,31 +271,29 @@ def _check_called(model: nn.Module, names: list[str]) -> None:
 
 
 def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:
-    names = [owner.replace(".base_layer.", ".") for owner in owners.get(id(getattr(layer, "weight", None)), [])]
-    if len(names) > 1:
-        raise ValueError(
-            f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation of "
-            f"one would change the other. Add {name!r} to exclude_modules."
-        )
+    for weight in _weights(layer):
+        names = [owner.replace(".base_layer.", ".") for owner in owners.get(id(weight), [])]
+        if len(names) > 1:
+            raise ValueError(
+                f"POET cannot rotate {name!r}: its weight is shared by {', '.join(map(repr, names))}, and a rotation "
+                f"of one would change the other. Add {name!r} to exclude_modules."
+            )
+
+
+def _weights(layer: nn.Module) -> list[torch.Tensor | None]:
+    """The parameters that rotating a layer would change."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return [weight.parameter for weight in weights_of(layer).values()]
+    return [getattr(layer, "weight", None)]
 
 
 def _check_not_stacked(name: str, module: nn.Module, layer: nn.Module) -> None:
-    """A convolution is called with another weight, so nothing may stand between."""
+    """What is called with another weight must not have anything in between."""
     carries_another = isinstance(module, BaseTunerLayer) and not hasattr(module, "poet_R")
-    if isinstance(layer, CONVOLUTIONS) and carries_another:
+    if isinstance(layer, (*CONVOLUTIONS, nn.MultiheadAttention)) and carries_another:
         raise ValueError(
-            f"{name!r} is a convolution that carries another adapter ({type(module).__name__}), which POET cannot "
-            "rotate around. Merge that one first (merge_and_unload), or add it to exclude_modules."
-        )
-
-
-def _check_not_bypassed(name: str, model: nn.Module) -> None:
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise ValueError(
-            f"POET cannot rotate {name!r}: in eval mode torch.nn.TransformerEncoderLayer reads its weight without "
-            "calling it, so its rotations would be ignored without a word. Call "
-            "torch.backends.mha.set_fastpath_enabled(False) first, here and wherever the adapter is used."
+            f"{name!r} is a {type(layer).__name__} that carries another adapter ({type(module).__name__}), which POET "
+            "cannot rotate around. Merge that one first (merge_and_unload), or add it to exclude_modules."
         )
 
 
@@ -336,9 +334,16 @@ def _check_base_can_change(name: str, layer: nn.Module, config: POETConfig, **qu
 
 def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[str]:
     """The sides that a block does not fit, as text. Raises ValueError if that cannot be clipped."""
+    if isinstance(layer, nn.MultiheadAttention):
+        parts = rotated_parts(name, layer, config)
+        return [text for part, weight in parts.items() for text in _check_sides(part, weight.sides(), config)]
+    return _check_sides(name, rotated_sides(layer), config)
+
+
+def _check_sides(name: str, sides: list[RotatedSide], config: POETConfig) -> list[str]:
     block_size = config.block_size_of(name)
     clipped = []
-    for letter, dim, groups in rotated_sides(layer):
+    for letter, dim, groups in sides:
         side = {"R": "output", "P": "input"}[letter]
         try:
             partition = partition_side(config.variant, block_size, dim, groups)
@@ -351,6 +356,15 @@ def _check_block_size(name: str, layer: nn.Module, config: POETConfig) -> list[s
             within = f" in {groups} groups" if groups > 1 else ""
             clipped.append(f"{name!r} {side} side{within}, {block_size} to {partition.block_size}")
     return clipped
+
+
+def layer_names(config: POETConfig, targets: list[tuple[str, nn.Module]]) -> list[str]:
+    """Names of the rotated layers of these targets: an attention has several."""
+    names = []
+    for name, module in targets:
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        names += rotated_parts(name, layer, config) if isinstance(layer, nn.MultiheadAttention) else [name]
+    return names
 
 
 def warn_of_unmatched_patterns(config: POETConfig, names: Collection[str]) -> None:

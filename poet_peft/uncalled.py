@@ -1,7 +1,7 @@
 """Layers whose weight another module reads instead of calling them, so that an adapter around them has no effect.
 
-Examples are the `dt_proj` of a state-space model, which is multiplied by hand, and the `out_proj` of
-`nn.MultiheadAttention`. They are found in the source of the modules that hold them.
+Examples are the `dt_proj` of a state-space model, which is multiplied by hand, and the `out_proj` of an
+`nn.MultiheadAttention` that is not rotated itself. They are found in the source of the modules that hold them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CONDITIONS: dict[tuple[str, str], Callable[[nn.Module], bool]] = {
     ("BloomAttention", "dense"): _computes_in_slices,
     ("BloomMLP", "dense_4h_to_h"): _computes_in_slices,
     ("DisentangledSelfAttention", "in_proj"): _never,  # DeBERTa; in a branch that no caller takes
-    ("TransformerEncoderLayer", "linear1"): _never,  # the fast path, which has its own check
+    ("TransformerEncoderLayer", "linear1"): _never,  # in the fast path only, and the rotated weight: see `ReadLinear`
     ("TransformerEncoderLayer", "linear2"): _never,
 }
 

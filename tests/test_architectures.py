@@ -479,29 +479,6 @@ def test_task_of_classification_leaves_the_head_to_peft(name):
     assert not torch.equal(merged, before)
 
 
-def encoder_of_torch() -> nn.TransformerEncoder:
-    torch.manual_seed(0)
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
-
-
-def test_layer_that_torch_reads_without_calling_it_is_refused():
-    with pytest.raises(ValueError, match="cannot rotate 'layers.0.linear1'.*set_fastpath_enabled"):
-        poet(encoder_of_torch(), target_modules=["linear1"])
-
-
-def test_layer_of_torchs_encoder_is_rotated_without_the_fast_path():
-    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        model = poet(encoder_of_torch(), target_modules=["linear1", "linear2"], init_weights=False).eval()
-        with torch.no_grad():
-            y = model(x)
-            assert relative_error(y, encoder_of_torch()(x)) > 1e-3
-            assert relative_error(model.merge_and_unload()(x), y) < 1e-5
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-
-
 @for_tied_architectures
 def test_head_that_is_tied_to_the_embedding_is_refused(name):
     model = build(name)

@@ -484,7 +484,6 @@ def assert_untouched(model, fresh):
         ("embedding", "EmbeddingBag"),
         ("convolution", "ConvTranspose2d"),
         ("attention.out_proj", "NonDynamicallyQuantizableLinear"),
-        ("attention", "MultiheadAttention"),
     ],
 )
 def test_unsupported_layer_is_refused_by_name_and_type(target, kind):

@@ -56,6 +56,19 @@ def test_twin_of_lora():
     assert rows[0] == (POETConfig, {"target_parameters": ["experts.down_proj"], "init_weights": False})
 
 
+def test_row_about_attention_has_a_twin_of_lora_beside_those_of_oft():
+    rows, names = twins(
+        [
+            ("MLP 1 LoRA", "MLP", LoraConfig, {"r": 2}),
+            ("MHA 1 LoRA", "MHA", LoraConfig, {"target_modules": ["mha"]}),
+            ("MLP 1 OFT", "MLP", OFTConfig, {"oft_block_size": 2}),
+        ]
+    )
+    assert names[:2] == ["MHA 1 POET", "MHA 1 POET fully stochastic"]
+    assert rows[0] == ("MHA 1 POET", "MHA", POETConfig, {"target_modules": ["mha"]})
+    assert {row[1] for row in rows} == {"MHA", "MLP"}
+
+
 def test_table_without_configurations_is_left_alone():
     assert twins([1, ("a", {"b": 2})]) is None
 

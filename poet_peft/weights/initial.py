@@ -67,6 +67,8 @@ def initialize_base_weights(
 ) -> list[str]:
     """Draw the weights of a plain model's linear layers anew, in place, as `POETConfig(base_init=scheme)` does.
 
+    Those of an `nn.MultiheadAttention` are among them.
+
     For a baseline that starts from the same weights as POET.
 
     Args:
@@ -81,12 +83,18 @@ def initialize_base_weights(
     names = sorted(module_names)
     for name in names:
         layer = model.get_submodule(name)
-        matrix = layout_of(layer).as_matrix(layer.weight)
-        with torch.no_grad():
-            matrix.copy_(scale * draw_weight(*matrix.shape, scheme, seed=seed, module_name=name))
+        if isinstance(layer, nn.MultiheadAttention):
+            matrices = {f"{name}.in_proj_weight": layer.in_proj_weight, f"{name}.out_proj": layer.out_proj.weight}
+        else:
+            matrices = {name: layout_of(layer).as_matrix(layer.weight)}
+        for part, matrix in matrices.items():
+            with torch.no_grad():
+                matrix.copy_(scale * draw_weight(*matrix.shape, scheme, seed=seed, module_name=part))
     return names
 
 
 def _all_linear_names(model: nn.Module) -> set[str]:
     config = SimpleNamespace(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND, task_type=None)
-    return _maybe_include_all_linear_layers(config, model).target_modules
+    names = _maybe_include_all_linear_layers(config, model).target_modules
+    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    return names | {name for name in attentions if model.get_submodule(name)._qkv_same_embed_dim}

@@ -26,6 +26,8 @@ from .sharded import full, write
 _NUM_PROBES = 8
 COMPUTES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# The last layer of an nn.MultiheadAttention, which reads its weight and never calls it.
+READ_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 class PlainWeight(BaseWeight):
@@ -113,10 +115,32 @@ class PlainWeight(BaseWeight):
             )
 
 
+class ParameterWeight(PlainWeight):
+    """A parameter of a module that computes with it in a way of its own; a matrix (out, in) as it is."""
+
+    @property
+    def layout(self) -> WeightLayout:
+        return WeightLayout.MATRIX
+
+    def check_readable(self, name: str) -> None:
+        if self.name not in self.layer._parameters:
+            raise ValueError(
+                f"{name!r} is computed from other tensors, as by a parametrization, so what is written to it would be "
+                "lost. Remove the parametrization first, or keep the adapter beside the base, with merge_interval=0."
+            )
+
+    def sides(self) -> list[RotatedSide]:
+        """The sides that can be rotated, with each expert of a stack as a group."""
+        *stack, out_features, in_features = self.as_matrix(self.parameter).shape
+        num_experts = math.prod(stack)
+        sides = {"R": out_features, "P": in_features}
+        return [RotatedSide(side, num_experts * dim, num_experts) for side, dim in sides.items() if dim > 1]
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer does what its kind does and nothing else: no class of its own, no hook, no exchanged forward."""
     return (
-        type(layer) in (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)
+        type(layer) in (nn.Linear, READ_LINEAR, Conv1D, nn.Embedding, *CONVOLUTIONS)
         and "forward" not in layer.__dict__
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
@@ -154,10 +178,6 @@ def _computes_with(layer: nn.Module, matrix: Tensor) -> bool:
         expected = expected * ((y * expected).sum() / expected.square().sum().clamp_min(1e-30))
     difference = torch.linalg.vector_norm(y - expected)
     return bool(difference <= 64 * torch.finfo(dtype).eps * torch.linalg.vector_norm(expected))
-
-
-# nn.MultiheadAttention reads the weight of this layer and never calls it: an adapter around it would do nothing.
-NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def layout_of(layer: nn.Module) -> WeightLayout:

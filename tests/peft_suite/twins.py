@@ -2,7 +2,7 @@
 
 PEFT's tables hold configuration classes with keyword arguments beside them, or finished configurations. A twin is the
 same row for POET, once for every variant; a row about another method has none. In most files POET stands beside OFT,
-and beside LoRA where no other method can do what is tested.
+and beside LoRA where no other method can do what is tested, as for all rows about `nn.MultiheadAttention`.
 """
 
 import re
@@ -15,6 +15,9 @@ from poet_peft import POETConfig
 
 # A twin is made from the first of these methods that a table has, by the method that the file stands beside.
 METHODS = {"OFT": (OFTConfig, BOFTConfig), "LoRA": (LoraConfig,)}
+
+# Models of PEFT's tables that no method has rows for but LoRA, whose rows then have twins beside OFT's.
+_MODELS_OF_LORA = {"MHA"}
 
 # What POET sets besides in the twins of one row; `block_size` only where the row says nothing about it.
 VARIANTS = {"": {}, "fully stochastic": {"variant": "fully_stochastic", "block_size": 0.5}}
@@ -117,17 +120,23 @@ def twins(rows, ids=None, beside="OFT"):
     method = next((method for method in METHODS[beside] if any(method in present for present in found)), None)
     new_rows, new_ids = [], []
     for i, (row, present) in enumerate(zip(rows, found, strict=True)):
-        if method is None or present != {method}:
+        own = LoraConfig if _is_of_lora(row, present) else method
+        if own is None or present != {own}:
             continue
         varies = isinstance(row, list | tuple) and any(isinstance(value, dict) for value in row)
         for variant, settings in VARIANTS.items() if varies else [("", {})]:
-            twin = _twin(row, method, settings)
+            twin = _twin(row, own, settings)
             name = ids[i] if ids else _name(row)
             same = [_without_name(twin) == _without_name(other) for other in new_rows]
             if not any(same):
                 new_rows.append(twin)
                 new_ids.append(" ".join(filter(None, [_renamed(name), variant])))
     return new_rows, [_distinct(name, new_ids[:i]) for i, name in enumerate(new_ids)]
+
+
+def _is_of_lora(row, present):
+    values = row if isinstance(row, list | tuple) else ()
+    return present == {LoraConfig} and any(value in _MODELS_OF_LORA for value in values if isinstance(value, str))
 
 
 def _twin(value, method, settings):
