@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from .maths.blocks import VARIANTS
 from .maths.orthogonal import Cayley, CayleyNeumann, OrthogonalMap
 from .registration import check_owns_name, ensure_peft_type
-from .weights.initial import SCHEMES
+from .weights.initial import SCHEMES, scale_of
 
 
 _MAPS = ("cayley_neumann", "cayley")
@@ -56,6 +56,8 @@ class POETConfig(PeftConfig):
             are, as pretrained weights must be.
         base_init_scale: factor of the drawn weights. Their singular values stay for good, so that their size matters
             more than elsewhere.
+        base_init_scale_pattern: a further factor for layers whose name matches a key, as in PEFT's `alpha_pattern`:
+            `{"q_proj|k_proj": 2, "o_proj|down_proj": 0.5}`.
         train_rest: everything outside the rotated weights (embeddings, norms, biases, head) trains too, and is saved
             with the adapter. For pretraining.
         max_drift: largest relative change of a singular value by one fold that passes without a warning; ten times as
@@ -118,6 +120,10 @@ class POETConfig(PeftConfig):
         default=None, metadata={"help": "draw the targeted weights anew, to train from scratch"}
     )
     base_init_scale: float = field(default=1.0, metadata={"help": "factor of the weights that base_init draws"})
+    base_init_scale_pattern: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further factor of base_init_scale for layers whose name matches a key"},
+    )
     max_drift: float = field(
         default=0.01, metadata={"help": "relative change of a singular value by one fold that warns"}
     )
@@ -218,6 +224,10 @@ class POETConfig(PeftConfig):
         key = get_pattern_key(self.block_size_pattern.keys(), module_name)
         return self.block_size_pattern.get(key, self.block_size)
 
+    def base_init_scale_of(self, module_name: str) -> float:
+        """The factor of a layer's drawn weights: `base_init_scale` times what `base_init_scale_pattern` has for it."""
+        return scale_of(module_name, self.base_init_scale, self.base_init_scale_pattern)
+
     @property
     def is_from_file(self) -> bool:
         """Whether `from_pretrained` read this configuration from what `save_pretrained` wrote, so that an adapter's
@@ -250,14 +260,19 @@ class POETConfig(PeftConfig):
         if self.base_init is not None:
             _check_choice("base_init", self.base_init, SCHEMES)
         self.base_init_scale = _positive("base_init_scale", self.base_init_scale)
-        if self.base_init is None and self.base_init_scale != 1:
-            raise ValueError(
-                f"base_init_scale={self.base_init_scale} scales the weights that base_init draws, and base_init=None "
-                "draws none; pass both, or neither."
-            )
+        _check_is_dict("base_init_scale_pattern", self.base_init_scale_pattern, "factor")
+        self.base_init_scale_pattern = {
+            pattern: _positive(f"base_init_scale_pattern[{pattern!r}]", factor)
+            for pattern, factor in self.base_init_scale_pattern.items()
+        }
+        for name, default in (("base_init_scale", 1.0), ("base_init_scale_pattern", {})):
+            if self.base_init is None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} scales the weights that base_init draws, and base_init=None "
+                    "draws none; pass both, or neither."
+                )
         self.block_size = _block_size("block_size", self.block_size, self.variant)
-        if not isinstance(self.block_size_pattern, dict):
-            raise ValueError(f"block_size_pattern={self.block_size_pattern!r} must be a dict {{name: block size}}.")
+        _check_is_dict("block_size_pattern", self.block_size_pattern, "block size")
         self.block_size_pattern = {
             pattern: _block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
             for pattern, block_size in self.block_size_pattern.items()
@@ -305,6 +320,11 @@ class POETConfig(PeftConfig):
                 f"reinit_interval={self.reinit_interval} must be a multiple of merge_interval={self.merge_interval}, "
                 "since permutations can only be drawn anew right after a fold. Pass None to do both together."
             )
+
+
+def _check_is_dict(name: str, value: Any, what: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a dict {{name: {what}}}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

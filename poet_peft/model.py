@@ -376,7 +376,7 @@ def _draw(name: str, weight: PlainWeight, config: POETConfig) -> None:
         return
     shape = weight.as_matrix(weight.parameter).shape
     drawn = draw_weight(*shape, config.base_init, seed=config.seed, module_name=name)
-    weight.write(config.base_init_scale * drawn)
+    weight.write(config.base_init_scale_of(name) * drawn)
 
 
 def _warn_if_never_stepped(adapter_name: str, layers: Iterable[POETLayer]) -> None:

@@ -62,6 +62,8 @@ METHOD_SETTINGS = (
     "merge_interval",
     "reinit_interval",
     "base_init",
+    "base_init_scale",
+    "base_init_scale_pattern",
     "train_rest",
     "target_modules",
     "exclude_modules",

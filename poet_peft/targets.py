@@ -368,14 +368,15 @@ def layer_names(config: POETConfig, targets: list[tuple[str, nn.Module]]) -> lis
 
 
 def warn_of_unmatched_patterns(config: POETConfig, names: Collection[str]) -> None:
-    """Warn of keys of `block_size_pattern` that match none of these names, of all that is rotated."""
-    unmatched = [
-        pattern
-        for pattern in config.block_size_pattern
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-    ]
-    if unmatched:
-        warnings.warn(f"block_size_pattern has keys that match no targeted layer and were ignored: {unmatched}.")
+    """Warn of keys of the settings by layer that match none of these names, of all that is rotated."""
+    for setting in ("block_size_pattern", "base_init_scale_pattern"):
+        unmatched = [
+            pattern
+            for pattern in getattr(config, setting)
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+        ]
+        if unmatched:
+            warnings.warn(f"{setting} has keys that match no targeted layer and were ignored: {unmatched}.")
 
 
 def _warn_if_pretrained(model: nn.Module, config: POETConfig) -> None:

@@ -55,6 +55,12 @@ BAD = {
     "block_size_pattern": ({"block_size_pattern": {"q": 1}}, "block_size_pattern['q']=1"),
     "block_size_pattern-fraction": ({"block_size_pattern": {"q": 0.5}}, "block_size_pattern['q']=0.5"),
     "block_size_pattern-none": ({"block_size_pattern": None}, "block_size_pattern=None must be a dict {name: block"),
+    "base_init_scale_pattern": (
+        {"base_init": "normalized", "base_init_scale_pattern": {"q": 0}},
+        "base_init_scale_pattern['q']=0",
+    ),
+    "base_init_scale_pattern-none": ({"base_init_scale_pattern": None}, "base_init_scale_pattern=None must be a dict"),
+    "base_init_scale_pattern-alone": ({"base_init_scale_pattern": {"q": 2}}, "base_init_scale_pattern={'q': 2.0}"),
     "layers_to_transform-float": ({"layers_to_transform": [0, 1.5]}, "layers_to_transform[1]=1.5"),
     "layers_to_transform-negative": ({"layers_to_transform": -1}, "layers_to_transform=-1"),
     "layers_to_transform-all-linear": (
@@ -127,6 +133,7 @@ FILLED = {
         "reinit_interval": 40,
         "base_init": "xavier",
         "base_init_scale": 2.0,
+        "base_init_scale_pattern": {"q_proj": 0.5},
         "keep_initial_weights": True,
         "memory_efficient": True,
         "compensated_folds": False,
@@ -401,10 +408,11 @@ def test_block_size_pattern_mixes_fractions_and_integers():
     assert block_sizes(wrap(TwoLayers(), config)) == {"first": (4, 4), "second": (5, 10)}
 
 
-def test_block_size_pattern_that_matches_nothing_warns_by_key():
-    pattern = {"first": 4, "frist": 4, "ond": 4}
-    config = POETConfig(target_modules=["first", "second"], block_size=5, block_size_pattern=pattern)
-    with pytest.warns(UserWarning, match=r"block_size_pattern.*\['frist', 'ond'\]") as caught:
+@pytest.mark.parametrize("setting", ["block_size_pattern", "base_init_scale_pattern"])
+def test_pattern_that_matches_nothing_warns_by_key(setting):
+    pattern = {setting: {"first": 4, "frist": 4, "ond": 4}}
+    config = POETConfig(target_modules=["first", "second"], block_size=5, base_init="normalized", **pattern)
+    with pytest.warns(UserWarning, match=rf"{setting}.*\['frist', 'ond'\]") as caught:
         get_peft_model(TwoLayers(), config)
     assert len(user_warnings(caught)) == 1
 

@@ -63,10 +63,23 @@ def test_scale_is_a_factor_of_the_drawn_weights():
 
 
 def test_poet_and_plain_baseline_are_scaled_alike():
-    plain = llama()
-    initialize_base_weights(plain, "mup", scale=0.5, seed=3)
-    model = wrap(llama(), POETConfig.for_pretraining(block_size=16, base_init="mup", base_init_scale=0.5, seed=3))
+    plain, pattern = llama(), {"q_proj|k_proj": 2.0}
+    initialize_base_weights(plain, "mup", scale=0.5, scale_pattern=pattern, seed=3)
+    scales = {"base_init_scale": 0.5, "base_init_scale_pattern": pattern}
+    model = wrap(llama(), POETConfig.for_pretraining(block_size=16, base_init="mup", seed=3, **scales))
     assert not changed_base(model, state(plain))
+
+
+def test_pattern_scales_the_layers_that_it_matches():
+    plain, scaled = llama(), llama()
+    initialize_base_weights(plain, "normalized", scale=3.0)
+    initialize_base_weights(
+        scaled, "normalized", scale=3.0, scale_pattern={"q_proj": 2.0, r"layers\.1\.mlp\.up_proj": 0.5}
+    )
+    for name, module in plain.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            factor = 2.0 if "q_proj" in name else 0.5 if name == "layers.1.mlp.up_proj" else 1.0
+            assert torch.equal(scaled.model.get_submodule(name).weight, factor * module.weight)
 
 
 @for_every_shape

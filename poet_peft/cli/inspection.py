@@ -29,6 +29,8 @@ _SETTINGS = (
     "merge_interval",
     "reinit_interval",
     "base_init",
+    "base_init_scale",
+    "base_init_scale_pattern",
     "train_rest",
     "bias",
     "modules_to_save",

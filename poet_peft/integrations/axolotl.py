@@ -55,9 +55,8 @@ class POETPlugin(BasePlugin):
         """
         if cfg.adapter != _ADAPTER:
             return None
-        settings = dict(cfg.poet or {})
-        if isinstance(settings.get("block_size_pattern"), dict):
-            settings["block_size_pattern"] = dict(settings["block_size_pattern"])
+        given = dict(cfg.poet or {}).items()
+        settings = {name: dict(value) if isinstance(value, dict) else value for name, value in given}
         config = POETConfig(**{"task_type": "CAUSAL_LM", **settings})
         if config_only:
             return None, config

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .plain import layout_of
@@ -57,11 +58,17 @@ def _largest_singular_value(weight: Tensor, generator: torch.Generator) -> Tenso
     return torch.linalg.vector_norm(weight @ v)
 
 
+def scale_of(module_name: str, scale: float, pattern: Mapping[str, float]) -> float:
+    """The factor of a layer's weights: `scale`, times what `pattern` has for its name, as PEFT matches patterns."""
+    return scale * pattern.get(get_pattern_key(pattern.keys(), module_name), 1.0)
+
+
 def initialize_base_weights(
     model: nn.Module,
     scheme: str,
     *,
     scale: float = 1.0,
+    scale_pattern: Mapping[str, float] | None = None,
     seed: int = 0,
     module_names: Iterable[str] | None = None,
 ) -> list[str]:
@@ -73,6 +80,7 @@ def initialize_base_weights(
 
     Args:
         scale: factor of all weights, as `base_init_scale`.
+        scale_pattern: further factors by name, as `base_init_scale_pattern`.
         module_names: names of the linear layers. None = all but the output head.
 
     Returns:
@@ -89,7 +97,8 @@ def initialize_base_weights(
             matrices = {name: layout_of(layer).as_matrix(layer.weight)}
         for part, matrix in matrices.items():
             with torch.no_grad():
-                matrix.copy_(scale * draw_weight(*matrix.shape, scheme, seed=seed, module_name=part))
+                drawn = draw_weight(*matrix.shape, scheme, seed=seed, module_name=part)
+                matrix.copy_(scale_of(part, scale, scale_pattern or {}) * drawn)
     return names
 
 
