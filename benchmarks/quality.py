@@ -34,7 +34,11 @@ STARTS = {
         lr=4e-2,
         matrix_lr=2e-2,
         weight_decay=0.1,
-        options={"config.base_init_scale": 0.7, "optimizer.momentum": 0.9},
+        options={
+            "config.base_init_scale": 0.7,
+            "config.base_init_scale_pattern": {"q_proj|k_proj": 3.0, "o_proj|down_proj": 0.5},
+            "optimizer.momentum": 0.9,
+        },
     ),
     "poet-paper": Run("poet-paper", lr=1e-2, matrix_lr=1e-3, options={"config.merge_interval": 200}),
     "frozen": Run("frozen", lr=1e-2),
@@ -56,16 +60,15 @@ def without_option(name):
     return {"options": lambda run: {key: value for key, value in run.options.items() if key != name}}
 
 
-UNSCALED = without_option("config.base_init_scale")
 ORTHO = [
+    Choice(tuple(with_option("config.base_init_scale", scale) for scale in (0.5, 1.0))),
     Choice((with_option("optimizer.momentum", 0.95), with_option("optimizer.nesterov", False))),
-    Choice((with_option("config.base_init_scale", 0.5), UNSCALED, {"base_init": "usual", **UNSCALED})),
 ]
 COORDINATES = {
     "frozen": [Rate("lr")],
     "adamw": [*RATES, *CHOICES, MODEL_INIT],
     "muon": [*RATES, Choice((with_option("optimizer.momentum", 0.9),)), *CHOICES, MODEL_INIT],
-    "poet-ortho": [*RATES, *CHOICES, *ORTHO],
+    "poet-ortho": [*RATES, *ORTHO, *CHOICES],
 }
 # Each part of the recipe left out or changed, and what might improve it, at the best settings of it.
 PARTS = {
@@ -80,6 +83,7 @@ PARTS = {
     "AdamW for the rotations": {"method": "poet-ortho-adamw"},
     "blocks of 64": {"options": {"config.block_size": 64}},
     "one block a side": {"options": {"config.block_size": 1024}},
+    "initial weights of one size": without_option("config.base_init_scale_pattern"),
     "a gain for each output": {"options": {"variant.gains": "output"}},
     "a gain for each layer": {"options": {"variant.gains": "layer"}},
     **{f"initial weights {name}": {"options": {"variant.spectra": name}} for name in SPECTRA},
@@ -110,7 +114,8 @@ def tuned(method, changes):
 
 
 def changed(run, part):
-    options = {**run.options, **part.get("options", {})}
+    changes = part.get("options", {})
+    options = changes(run) if callable(changes) else {**run.options, **changes}
     if part.get("method"):
         options = {key: value for key, value in options.items() if not key.startswith("optimizer.")}
     return replace(run, **{**part, "options": options})

@@ -70,7 +70,7 @@ class Run:
         """Of its result file, in the folder of its size and data."""
         rates = [] if self.matrix_lr is None else [f"m{self.matrix_lr:g}"]
         rates.append(f"lr{self.lr:g}")
-        options = [f"{key.partition('.')[2]}={value}" for key, value in sorted(self.options.items())]
+        options = [f"{key.partition('.')[2]}={_in_name(value)}" for key, value in sorted(self.options.items())]
         beta1, beta2 = self.betas
         others = [f"wd{self.weight_decay:g}", f"wu{self.warmup:g}", f"b{beta1:g}-{beta2:g}", self.base_init]
         return "_".join([self.method, str(self.steps), f"s{self.seed}", *rates, *others, *options])
@@ -82,6 +82,13 @@ class Run:
             return f"{self.method}-variant"
         variant = {"block_stochastic": "-bs", "fully_stochastic": "-fs"}.get(self.options.get("config.variant"), "")
         return self.method + variant
+
+
+def _in_name(value):
+    """An option's value as part of a file's name, on any system."""
+    if not isinstance(value, dict):
+        return value
+    return ",".join(f"{key.replace('|', '+')}-{part}" for key, part in sorted(value.items()))
 
 
 def schedule(step, run):
