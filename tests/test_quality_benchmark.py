@@ -137,7 +137,8 @@ def test_run_of_an_unknown_method_is_refused():
 
 def test_settings_of_a_run_are_in_its_name():
     changes = [{"lr": 0.5}, {"seed": 1}, {"weight_decay": 0.5}, {"warmup": 0.5}, {"betas": (0.5, 0.5)}]
-    changes += [{"options": {"config.block_size": 8}}, {"steps": 5}, {"base_init": "usual"}, {"matrix_lr": None}]
+    changes += [{"options": {"config.block_size": 8}}, {"options": {"config.block_size_pattern": {"a|b": 8}}}]
+    changes += [{"steps": 5}, {"base_init": "usual"}, {"matrix_lr": None}]
     assert len({START.name, *(replace(START, **change).name for change in changes)}) == len(changes) + 1
 
 
@@ -231,7 +232,7 @@ def test_orthogonalisation_of_muon_is_torchs_but_for_rounding(shape):
 
 
 def test_changed_parts_differ_from_the_run_in_that_part():
-    best = Run("poet-ortho", lr=1e-2, matrix_lr=1e-2)
+    best = quality.STARTS["poet-ortho"]
     assert best.name not in {quality.changed(best, part).name for part in quality.PARTS.values()}
 
 
