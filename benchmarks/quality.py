@@ -25,6 +25,8 @@ from benchmarks.harness.token_cache import read_tokens
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
+# Queries and keys larger, what goes into the residual stream smaller.
+SIZES_BY_LAYER = {"q_proj|k_proj": 3.0, "o_proj|down_proj": 0.5}
 # Where each search begins: the best known before, at the same size, data and steps.
 STARTS = {
     "adamw": Run("adamw", lr=2e-2, matrix_lr=1e-3, weight_decay=0.1, base_init="usual"),
@@ -36,7 +38,7 @@ STARTS = {
         weight_decay=0.1,
         options={
             "config.base_init_scale": 0.7,
-            "config.base_init_scale_pattern": {"q_proj|k_proj": 3.0, "o_proj|down_proj": 0.5},
+            "config.base_init_scale_pattern": SIZES_BY_LAYER,
             "optimizer.momentum": 0.9,
         },
     ),
@@ -60,14 +62,15 @@ def without_option(name):
     return {"options": lambda run: {key: value for key, value in run.options.items() if key != name}}
 
 
+BY_LAYER = Choice((with_option("init.scale_pattern", SIZES_BY_LAYER),))
 ORTHO = [
     Choice(tuple(with_option("config.base_init_scale", scale) for scale in (0.5, 1.0))),
     Choice((with_option("optimizer.momentum", 0.95), with_option("optimizer.nesterov", False))),
 ]
 COORDINATES = {
     "frozen": [Rate("lr")],
-    "adamw": [*RATES, *CHOICES, MODEL_INIT],
-    "muon": [*RATES, Choice((with_option("optimizer.momentum", 0.9),)), *CHOICES, MODEL_INIT],
+    "adamw": [*RATES, *CHOICES, MODEL_INIT, BY_LAYER],
+    "muon": [*RATES, Choice((with_option("optimizer.momentum", 0.9),)), *CHOICES, MODEL_INIT, BY_LAYER],
     "poet-ortho": [*RATES, *ORTHO, *CHOICES],
 }
 # Each part of the recipe left out or changed, and what might improve it, at the best settings of it.

@@ -174,6 +174,15 @@ def test_every_method_trains(method, tokens):
     assert result["loss"] < math.log(64) - 0.02
 
 
+@pytest.mark.parametrize("base_init", ["usual", "normalized"])
+def test_initial_weights_of_a_baseline_are_scaled_by_layer(base_init, tokens):
+    run = replace(START, base_init=base_init)
+    options = {"init.scale": 2.0, "init.scale_pattern": {"q_proj": 3.0}}
+    plain, scaled = (build(r, tokens)[0].model.layers[0].self_attn for r in (run, replace(run, options=options)))
+    torch.testing.assert_close(scaled.q_proj.weight, 6 * plain.q_proj.weight)
+    torch.testing.assert_close(scaled.v_proj.weight, 2 * plain.v_proj.weight)
+
+
 @pytest.mark.parametrize("gains", ["layer", "output"])
 def test_gains_train(gains, tokens):
     """Beyond what the rotations and the rest learn, which a learning rate of 0 leaves out."""

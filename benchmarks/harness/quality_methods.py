@@ -18,11 +18,24 @@ def build(run, tokens):
     torch.manual_seed(run.seed)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokens.eos_token_id)
     model = llama(SIZES[run.size], tokens.vocab_size, tokens.train.shape[1], **special)
-    if not is_poet(run.method) and run.base_init != "usual":
-        initialize_base_weights(model, run.base_init, seed=run.seed)
+    if not is_poet(run.method):
+        draw_initial_weights(model, run)
     model, optimizers = METHODS[run.method](model, run)
     model.train()
     return model, optimizers
+
+
+def draw_initial_weights(model, run):
+    """Those of a method that has no such settings of its own, by the options "init.NAME"."""
+    scales = options(run, "init")
+    if run.base_init != "usual":
+        initialize_base_weights(model, run.base_init, seed=run.seed, **scales)
+        return
+    config = POETConfig(base_init="standard", **{f"base_init_{name}": value for name, value in scales.items()})
+    names = {layer: name for name, layer in model.named_modules()}
+    with torch.no_grad():
+        for layer in targeted_layers(model):
+            layer.weight.mul_(config.base_init_scale_of(names[layer]))
 
 
 def is_poet(method):
