@@ -25,8 +25,8 @@ from benchmarks.harness.token_cache import read_tokens
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 
-# Queries and keys larger, what goes into the residual stream smaller.
-SIZES_BY_LAYER = {"q_proj|k_proj": 3.0, "o_proj|down_proj": 0.5}
+# Queries and keys larger, what the MLP adds to the residual stream smaller.
+SIZES_BY_LAYER = {"q_proj|k_proj": 3.0, "down_proj": 0.5}
 # Where each search begins: the best known before, at the same size, data and steps.
 STARTS = {
     "adamw": Run("adamw", lr=2e-2, matrix_lr=1e-3, weight_decay=0.1, base_init="usual"),
@@ -37,7 +37,7 @@ STARTS = {
         matrix_lr=2e-2,
         weight_decay=0.1,
         options={
-            "config.base_init_scale": 0.7,
+            "config.base_init_scale": 0.35,
             "config.base_init_scale_pattern": SIZES_BY_LAYER,
             "optimizer.momentum": 0.9,
         },
@@ -64,7 +64,7 @@ def without_option(name):
 
 BY_LAYER = Choice((with_option("init.scale_pattern", SIZES_BY_LAYER),))
 ORTHO = [
-    Choice(tuple(with_option("config.base_init_scale", scale) for scale in (0.5, 1.0))),
+    Choice(tuple(with_option("config.base_init_scale", scale) for scale in (0.25, 0.5, 0.7))),
     Choice((with_option("optimizer.momentum", 0.95), with_option("optimizer.nesterov", False))),
 ]
 COORDINATES = {
