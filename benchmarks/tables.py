@@ -17,6 +17,7 @@ from benchmarks.report import (
     families,
     finetune,
     layer,
+    merge_memory,
     model,
     performance,
     plots,
@@ -69,6 +70,7 @@ def pages(benchmarks):
         },
         root / "docs" / "families.md": {"families": families.section()},
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
+        root / "docs" / "command-line.md": {"merge-memory": merge_memory.section()},
         root / "docs" / "diagnostics.md": {"diagnostics": diagnostics.section()},
         root / "docs" / "pretraining-results.md": {"quality": quality.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}

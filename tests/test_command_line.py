@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poet_peft.cli import Refused, app, difference, doctor, inspection, merging
 from poet_peft.errors import POETCheckpointError
-from poet_peft.layer import poet_layers
+from poet_peft.layer import living_layers, poet_layers
 from poet_peft.linear import Linear
 
 
@@ -290,6 +290,22 @@ def test_card_of_a_scaled_merge_has_no_numbers_of_the_run(base):
     merging.merge(path, base.parent / "merged", scale=0.5)
     card = (base.parent / "merged/README.md").read_text()
     assert "0.8125" not in card and "by 0.5 times the angle" in card
+
+
+def test_merge_keeps_no_blocks_and_one_weight_at_a_time(base, monkeypatch):
+    path, _ = save(base, "adapter")
+    held, before = [], set(living_layers())
+    merge_layer = Linear.merge
+
+    def merge_and_look(layer, *args, **kwargs):
+        living = [other for other in living_layers() if other not in before]
+        rotations = [rotation for other in living for rotation in other.rotations("default")]
+        held.append((sum(other.merged for other in living), sum(r._kept._values is not None for r in rotations)))
+        merge_layer(layer, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "merge", merge_and_look)
+    merging.merge(path, base.parent / "merged")
+    assert held == 14 * [(0, 0)]
 
 
 def test_merge_keeps_what_lies_in_its_way(base, capsys):

@@ -111,8 +111,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model: a plain transformers model, with tokenizer and card.
 
-    The merged model must give the adapter's logits on random tokens, or nothing is written. Needs memory for the model
-    and one layer.
+    The merged model must give the adapter's logits on random tokens, or nothing is written. Needs memory for the
+    model, the adapter's file and a layer.
 
     Example: poet-peft merge run/checkpoint-400 merged --base HuggingFaceTB/SmolLM2-135M --dtype bfloat16
     """

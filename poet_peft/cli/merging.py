@@ -47,7 +47,8 @@ def merge(
     """Merge the adapter in `path` into its base model, and save the result in `out` as a plain transformers model,
     with tokenizer, generation configuration and model card.
 
-    Layers are merged one after the other, in fp32, so that beside the model only one layer's weights exist twice.
+    Layers are merged one after the other, in fp32, so that beside the model and the adapter only one layer's weights
+    exist twice.
     Before anything is written, the logits of the merged model are compared with those of the adapter on random tokens.
 
     Args:
@@ -82,8 +83,11 @@ def merge(
     # The weights in a file may have a residual, which only fp32 can take in.
     working_dtype = torch.promote_types(model.dtype, torch.float32 if held_dtype else saved_dtype)
     tokenizer = _load_tokenizer(adapter.directory, base, loading)
-    peft_model = PeftModel.from_pretrained(model.to(working_dtype), str(adapter.directory)).eval()
+    # Blocks that are kept from one forward to the next may take as much as the weights.
+    adapter.config.memory_efficient = True
+    peft_model = PeftModel.from_pretrained(model.to(working_dtype), str(adapter.directory), config=adapter.config)
 
+    peft_model.eval()
     if scale != 1:
         _set_scale(peft_model, scale)
     tokens = _random_tokens(model)
