@@ -24,7 +24,7 @@ from .diagnostics import (
 )
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
-from .pace import Pace, description, learning_rates, peak_memory
+from .pace import Pace, description, learning_rates, peak_memory, unwrapped
 from .probing import PROBES_FILE, load_probes, save_probes, start_probing
 from .schedule import take_report
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
@@ -192,7 +192,7 @@ class POETCallback(TrainerCallback):
         state: TrainerState,
         step: int,
     ) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        optimizer = unwrapped(optimizer)
         diagnostics = diagnose(model, exact=self.exact_diagnostics, optimizer=optimizer)
         rates = self._pace.rates(step, int(state.num_input_tokens_seen))
         if state.is_world_process_zero:

@@ -100,8 +100,8 @@ def joined(texts):
 def text_of_curves(runs):
     losses = joined(f"{run['loss']:.3f} with {name_of(method)}" for method, run in runs.items())
     return (
-        f"After {first(runs)['run']['steps']} steps, one seed each, the held-out loss is {losses}; in the paper, whose "
-        "runs are far longer, POET ends ahead of AdamW."
+        f"After {first(runs)['run']['steps']} steps, one seed each, the held-out loss is {losses}; in the paper, "
+        "whose runs are far longer, POET ends ahead of AdamW."
     )
 
 
