@@ -15,8 +15,10 @@ from benchmarks.report import (
     diagnostics,
     dial,
     families,
+    figures,
     finetune,
     layer,
+    merge_memory,
     model,
     performance,
     plots,
@@ -69,8 +71,10 @@ def pages(benchmarks):
         },
         root / "docs" / "families.md": {"families": families.section()},
         root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
+        root / "docs" / "command-line.md": {"merge-memory": merge_memory.section()},
         root / "docs" / "diagnostics.md": {"diagnostics": diagnostics.section()},
         root / "docs" / "pretraining-results.md": {"quality": quality.section()},
+        root / "docs" / "training-figures.md": {"figures": figures.section()},
         benchmarks / "README.md": {command: section(command, benchmarks / "results") for command in SECTIONS}
         | {"breakdown": breakdown.section()},
     }
@@ -79,12 +83,18 @@ def pages(benchmarks):
 
 def plotted(benchmarks):
     """The result that each plot should show, by path."""
-    figures = BENCHMARKS.parent / "docs" / "figures"
-    return {figures / quality.plot_name(*key): quality.shown(results) for key, results in quality.read().items()} | {
-        benchmarks / "plots" / module.plot_name(result): result
-        for command, module in SECTIONS.items()
-        for result in results(command, benchmarks / "results").values()
-    }
+    folder = BENCHMARKS.parent / "docs" / "figures"
+    of_training = {folder / name: result for name, result in figures.shown().items()}
+    of_quality = {folder / quality.plot_name(*key): quality.shown(results) for key, results in quality.read().items()}
+    return (
+        of_training
+        | of_quality
+        | {
+            benchmarks / "plots" / module.plot_name(result): result
+            for command, module in SECTIONS.items()
+            for result in results(command, benchmarks / "results").values()
+        }
+    )
 
 
 def outdated(benchmarks):

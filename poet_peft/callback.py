@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .diagnostics import (
     DIAGNOSTICS_FILE,
@@ -23,7 +24,8 @@ from .diagnostics import (
 )
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
-from .pace import Pace, description, learning_rates, peak_memory
+from .pace import Pace, description, learning_rates, peak_memory, unwrapped
+from .probing import PROBES_FILE, load_probes, save_probes, start_probing
 from .schedule import take_report
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, clip_grad_norm
 
@@ -44,8 +46,9 @@ class POETCallback(TrainerCallback):
     With `diagnostics_every=N`, the model is measured right before the update of every N-th step, so that the rotations
     are those since the last fold: into the log under `poet/diagnostics/...`, and layer by layer into
     `poet_diagnostics.jsonl` in the output folder. A resumed run continues the file. A layer that leaves its range is
-    warned of once, by name. Rotations that are folded after every step are the identity then, and have no angle. With
-    the measures come steps and tokens a second (tokens with `include_num_input_tokens_seen`), the peak memory in bytes
+    warned of once, by name. Rotations that are folded after every step are the identity then, and have no angle; what
+    all folds so far have turned is in `probe_cosine`, which checkpoints keep in `poet_probes.safetensors`. With the
+    measures come steps and tokens a second (tokens with `include_num_input_tokens_seen`), the peak memory in bytes
     and the learning rates of the groups.
 
     Args:
@@ -134,8 +137,28 @@ class POETCallback(TrainerCallback):
         if self.diagnostics_every:
             self._pace.start(state.global_step, int(state.num_input_tokens_seen))
             self._description = description(args, optimizer, model)
+            self._start_probing(model, args, state, periodic)
             if state.is_world_process_zero:
                 _drop_lines_after(Path(args.output_dir) / DIAGNOSTICS_FILE, state.global_step)
+
+    def _start_probing(
+        self, model: nn.Module, args: TrainingArguments, state: TrainerState, periodic: list[tuple[POETLayer, str]]
+    ) -> None:
+        start_probing(model)
+        if state.global_step and any(layer.state(adapter).num_folds for layer, adapter in periodic):
+            path = _checkpoint(args, state) / PROBES_FILE
+            if not load_probes(model, path):
+                warnings.warn(
+                    f"{path} is not there, so the vectors that were turned since training began are lost: "
+                    "probe_cosine is not measured. Resume in the output_dir of the run to keep it."
+                )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        folder = _checkpoint(args, state)
+        if self.diagnostics_every and state.is_world_process_zero and folder.is_dir():
+            save_probes(model, folder / PROBES_FILE)
 
     def on_pre_optimizer_step(
         self,
@@ -169,7 +192,7 @@ class POETCallback(TrainerCallback):
         state: TrainerState,
         step: int,
     ) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        optimizer = unwrapped(optimizer)
         diagnostics = diagnose(model, exact=self.exact_diagnostics, optimizer=optimizer)
         rates = self._pace.rates(step, int(state.num_input_tokens_seen))
         if state.is_world_process_zero:
@@ -250,6 +273,10 @@ def _trained_adapters(model: nn.Module) -> list[tuple[POETLayer, str]]:
         for adapter in layer.poet_config
         if any(rotation.weight.requires_grad for rotation in layer.rotations(adapter))
     ]
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _as_logs(report: MergeReport) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .maths.measures import (
 )
 from .maths.spectrum import skew_norm
 from .pace import learning_rates, peak_memory
+from .probing import probe_cosine
 from .rotation import Rotation
 from .weights.sharded import full
 
@@ -69,6 +70,8 @@ class SideDiagnostics:
         rms_angle: root mean square over the planes.
         trace: `trace(G) / n` over the rotated features: 1 for the identity, 0 for a random rotation.
         orthogonality_error: largest entry of `|G^T G - I|`.
+        probe_cosine: mean of `v^T R v` over fixed unit vectors `v`, of all rotations since training began; None where
+            rotations were folded unseen, see `probing`.
         angle_histogram: with `exact`, number of planes in 16 equal bins of [0, max_angle]; else None.
         momentum_cosine: cosine between the optimizer's momentum and the gradient; None without either.
     """
@@ -78,6 +81,7 @@ class SideDiagnostics:
     rms_angle: float
     trace: float
     orthogonality_error: float
+    probe_cosine: float | None = None
     angle_histogram: list[int] | None = None
     momentum_cosine: float | None = None
 
@@ -137,7 +141,7 @@ class Diagnostics:
             "max_angle": _largest([side.max_angle for side in sides]),
             "orthogonality_error": _largest([side.orthogonality_error for side in sides]),
             "spectral_drift": _largest([layer.spectral_drift for layer in self.layers]),
-            **_means(sides, "rms_angle", "trace", "momentum_cosine"),
+            **_means(sides, "rms_angle", "trace", "probe_cosine", "momentum_cosine"),
             **_means(self.layers, "rms_singular_value", "stable_rank", "energy", "entropy"),
             **({} if self.clamped_share is None else {"clamped_share": self.clamped_share}),
         }
@@ -241,7 +245,7 @@ def _diagnose_layer(
     sides, smallest, largest = [], 1.0, 1.0
     for rotation in layer.rotations(adapter):
         side, spectrum = _diagnose_side(rotation, exact, optimizer)
-        sides.append(side)
+        sides.append(replace(side, probe_cosine=probe_cosine(layer, adapter, rotation)))
         smallest *= max(1 - spectrum, 0.0) ** 0.5
         largest *= (1 + spectrum) ** 0.5
     drift = _largest([1 - smallest, largest - 1])

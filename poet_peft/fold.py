@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from .errors import POETFoldError
 from .layer import POETLayer, poet_layers
 from .ops import reference
+from .probing import turn_probes
 from .quick_fold import fold_moved_sides, is_quick
 from .rotation import Rotation
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, reshard
@@ -261,6 +262,7 @@ def _fold_layer(item: FoldItem) -> tuple[float, float]:
             "rounding: its weight does not hold what is written to it. It was put back as it was. Add it to "
             "exclude_modules, or train with merge_interval=0."
         )
+    turn_probes(layer, adapter, lambda rotation: rotation().blocks().deltas)
     for rotation in item.rotations:
         rotation.reset()
     state = layer.advance(adapter, num_folds=1, num_reinits=int(reinitialize))

@@ -23,6 +23,7 @@ from .maths.blocks import partition_side
 from .ops import reference
 from .ops.sides import Side
 from .original import OriginalModel
+from .probing import Probes
 from .rotation import Rotation
 from .state import AdapterState, AdapterStates
 from .weights import base_weight_of
@@ -65,6 +66,7 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
         poet_residual: the residual of a bf16 or fp16 weight, by adapter, with `compensated_folds`; see
             `residual.split`.
         poet_config, poet_scaling: the configuration and the scale, by adapter; see `ScaledAdapters`.
+        poet_probes: what folds have made of fixed vectors, by adapter, while that is followed; see `start_probing`.
         poet_initial_weight: copy of the base weight from before any fold, with `keep_initial_weights`; else None.
     """
 
@@ -86,6 +88,7 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
         self.poet_residual = BufferDict(persistent=True)
         self.poet_config: dict[str, POETConfig] = {}
         self.poet_scaling: dict[str, float] = {}
+        self.poet_probes: dict[str, Probes] = {}
         self.register_buffer("poet_initial_weight", None, persistent=False)
         self._states: dict[str, tuple[Tensor, int, AdapterState]] = {}
         self._unmerged_parts: dict[str, Tensor] | None = None
@@ -334,6 +337,7 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
         if self.has_adapter(adapter_name) and self.state(adapter_name).num_folds:
             self.restore_initial_weight()
         self._states.pop(adapter_name, None)
+        self.poet_probes.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
 

@@ -85,8 +85,13 @@ def learning_rates(optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that make a difference, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    return {"python": platform.python_version(), **installed(*_PACKAGES)}
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -94,13 +99,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def unwrapped(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    """The optimizer that accelerate's wrapper has inside; any other as it is."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def description(args: TrainingArguments, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Any]:
     """For JSON: `settings` and `versions` of a run of Trainer."""
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     settings = {name: getattr(args, name, None) for name in _SETTINGS}
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     settings |= {
-        "optimizer": type(optimizer).__name__,
+        "optimizer": type(unwrapped(optimizer)).__name__,
         "device": args.device.type,
         "parameters": sum(number for number, _ in parameters),
         "trained parameters": sum(number for number, trains in parameters if trains),

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import POETFoldError
 from .maths.blocks import MOST_ENTRIES, SideName, block_slices
 from .maths.orthogonal import OrthogonalMap, skew, small_rotation_delta
+from .probing import turn_probes
 from .rotation import Rotation
 from .weights.residual import at_least_fp32
 from .weights.sharded import full
@@ -58,6 +59,7 @@ def fold_moved_sides(items: Sequence[FoldItem]) -> None:
         if sides:
             residual = layer.residual_of(adapter)
             layer.base_weight.change(_rotation_of(sides, deltas), residual)
+        turn_probes(layer, adapter, deltas.get)
         layer.advance(adapter, num_folds=1)
     for rotation in moved:
         rotation.reset()

@@ -8,11 +8,12 @@ import types
 import pytest
 import torch
 from models import METRICS, gpt2, llama, logits, tokenizer, train, wrap
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poet_peft.cli import Refused, app, difference, doctor, inspection, merging
 from poet_peft.errors import POETCheckpointError
-from poet_peft.layer import poet_layers
+from poet_peft.layer import living_layers, poet_layers
 from poet_peft.linear import Linear
 
 
@@ -243,6 +244,68 @@ def test_a_merge_that_changes_the_model_writes_nothing(base, monkeypatch):
     with pytest.raises(POETCheckpointError, match="nothing was written"):
         merging.merge(path, base.parent / "merged")
     assert sorted(child.name for child in base.parent.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_merge_at_a_scale_gives_the_logits_of_the_scaled_adapter(base, scale):
+    path, model = save(base, "adapter", num_steps=6)
+    result = merging.merge(path, base.parent / "merged", scale=scale)
+    merged = AutoModelForCausalLM.from_pretrained(base.parent / "merged")
+    with rescale_adapter_scale(model, scale):
+        expected = logits(model)
+    assert torch.allclose(logits(merged.eval()), expected, atol=1e-5)
+    assert (result["scale"], result["num_unscaled_values"]) == (scale, 0)
+
+
+def test_logits_of_a_merge_are_compared_at_its_scale(base, monkeypatch):
+    path, _ = save(base, "adapter", num_steps=6)
+    merge_layer = Linear.merge
+
+    def merge_as_trained(layer, *args, **kwargs):
+        layer.set_scale("default", 1)
+        merge_layer(layer, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "merge", merge_as_trained)
+    with pytest.raises(POETCheckpointError, match="nothing was written"):
+        merging.merge(path, base.parent / "merged", scale=0.5)
+
+
+def test_merge_of_a_folded_adapter_at_a_scale_is_refused_by_name(base, capsys):
+    path, _ = save(base, "adapter", "periodic", num_steps=6)
+    code, _, err = run(capsys, "merge", path, base.parent / "merged", "--scale", "0.5")
+    assert code == 2
+    assert "q_proj" in err and "folded into the weight 1 times" in err
+    assert not (base.parent / "merged").exists()
+
+
+def test_merge_at_a_scale_counts_what_it_does_not_scale(base, capsys):
+    path, _ = save(base, "adapter", modules_to_save=["lm_head"])
+    _, out, _ = run(capsys, "merge", path, base.parent / "merged", "--scale", "0.5")
+    assert f"turned by 0.5 times their angles; {llama().lm_head.weight.numel():,} values beside the rotations" in out
+
+
+def test_card_of_a_scaled_merge_has_no_numbers_of_the_run(base):
+    path, _ = save(base, "adapter")
+    (path / "metrics.json").write_text(json.dumps(METRICS))
+    merging.merge(path, base.parent / "merged", scale=0.5)
+    card = (base.parent / "merged/README.md").read_text()
+    assert "0.8125" not in card and "by 0.5 times the angle" in card
+
+
+def test_merge_keeps_no_blocks_and_one_weight_at_a_time(base, monkeypatch):
+    path, _ = save(base, "adapter")
+    held, before = [], set(living_layers())
+    merge_layer = Linear.merge
+
+    def merge_and_look(layer, *args, **kwargs):
+        living = [other for other in living_layers() if other not in before]
+        rotations = [rotation for other in living for rotation in other.rotations("default")]
+        held.append((sum(other.merged for other in living), sum(r._kept._values is not None for r in rotations)))
+        merge_layer(layer, *args, **kwargs)
+
+    monkeypatch.setattr(Linear, "merge", merge_and_look)
+    merging.merge(path, base.parent / "merged")
+    assert held == 14 * [(0, 0)]
 
 
 def test_merge_keeps_what_lies_in_its_way(base, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -48,6 +49,29 @@ def test_a_resumed_run_continues_the_file(tmp_path):
     resumed = trainer_of(wrap(llama()), tmp_path, POETCallback(diagnostics_every=2), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert steps_of(tmp_path) == [1, 2, 3, 4, 6]
+
+
+def probed(folder):
+    return [line["summary"].get("probe_cosine") for line in read_diagnostics(folder / FILE)]
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_resumed_run_goes_on_with_its_probes_if_the_checkpoint_has_them(has_file, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+
+    def trainer():
+        model = wrap(llama(), "periodic", merge_interval=2, init_weights=True)
+        return trainer_of(model, tmp_path, POETCallback(diagnostics_every=1), **settings)
+
+    trainer().train()
+    whole = probed(tmp_path)
+    file = tmp_path / "checkpoint-4" / "poet_probes.safetensors"
+    if not has_file:
+        file.unlink()
+    with nullcontext() if has_file else pytest.warns(UserWarning, match="probe_cosine is not measured"):
+        trainer().train(resume_from_checkpoint=str(file.parent))
+    assert whole == sorted(whole, reverse=True) and whole[-1] < 1
+    assert probed(tmp_path) == pytest.approx(whole) if has_file else probed(tmp_path) == [*whole[:4], None, None]
 
 
 def test_a_new_run_begins_the_file_anew(tmp_path):

@@ -182,6 +182,12 @@ def test_rotations_folded_after_every_step_have_no_charts_of_angles():
     assert any("folded into the weights after every step" in sentence.text for sentence in verdict(run))
 
 
+def test_probes_are_drawn_where_they_were_measured():
+    lines = [{"step": step, "summary": {"probe_cosine": value}} for step, value in [(1, 0.9), (2, None)]]
+    assert "Vector probing" in titles(Run("run", diagnostics=lines))
+    assert "Vector probing" not in titles(Run("run", diagnostics=lines[1:]))
+
+
 def test_own_loop_has_its_loss_and_rates_drawn():
     run = Run("run", diagnostics=[line(step, loss=3.0 - step, learning_rates={"poet": 0.1}) for step in (1, 2)])
     assert titles(run) == ["Training loss", "Learning rates"]

@@ -123,16 +123,19 @@ def evaluate(model, sequences):
     return torch.cat(losses)
 
 
-def measure(run, tokens):
+def measure(run, tokens, observe=None):
     """Trains, and returns what goes into the result file.
 
     A run diverged, and is ended, where its loss is not finite or twice that of guessing.
+
+    Args:
+        observe: function of the model and the number of steps so far, called before the first and after each.
     """
     torch.set_num_threads(1)
     model, optimizers = build(run, tokens)
     parameters = count_parameters(model, optimizers)
     before = singular_values(model) if keeps_singular_values(run.method) else None
-    trained = _train(run, tokens, model, optimizers)
+    trained = _train(run, tokens, model, optimizers, observe or (lambda model, step: None))
     result = {"run": asdict(run), "family": run.family, "loss": None, "loss_se": None, **trained}
     if trained["diverged"] is None:
         losses = evaluate(model, tokens.held_out)
@@ -168,7 +171,7 @@ def plain_layers(model):
     return [getattr(layer, "base_layer", layer) for layer in targeted_layers(model)]
 
 
-def _train(run, tokens, model, optimizers):
+def _train(run, tokens, model, optimizers, observe):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -176,6 +179,7 @@ def _train(run, tokens, model, optimizers):
     limit = 2 * math.log(tokens.vocab_size)
     wall, cpu, losses, curve = [], [], [], []
     gradient_bytes = diverged = None
+    observe(model, 0)
     for step, ids in enumerate(batches(tokens.train, run)):
         start = time.perf_counter(), time.process_time()
         for group, peak in zip(groups, peaks, strict=True):
@@ -194,6 +198,7 @@ def _train(run, tokens, model, optimizers):
         if not losses[-1] < limit:
             diverged = step + 1
             break
+        observe(model, step + 1)
         if (step + 1) % HELD_OUT_LOG == 0:
             curve.append([step + 1, round(evaluate(model, tokens.held_out[:NUM_CURVE]).mean().item(), 4)])
     states = [state for optimizer in optimizers for p, state in optimizer.state.items() if _is_in(p, in_linear)]

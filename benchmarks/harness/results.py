@@ -74,14 +74,14 @@ class ResultFile:
 
     def text(self):
         """JSON, one line a cell."""
-        head = _rounded({key: value for key, value in self.content.items() if key != "cells"})
-        cells = ",\n".join(json.dumps(_rounded(cell)) for cell in self.content["cells"])
+        head = rounded({key: value for key, value in self.content.items() if key != "cells"})
+        cells = ",\n".join(json.dumps(rounded(cell)) for cell in self.content["cells"])
         return f'{json.dumps(head, indent=1).removesuffix("}").rstrip()},\n "cells": [\n{cells}\n ]\n}}\n'
 
 
-def _rounded(value):
+def rounded(value):
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value

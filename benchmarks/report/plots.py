@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks.harness.fits import power_law, upper_half
 
-from . import layer, model, quality
+from . import figures, layer, model, quality
 from .text import method_name
 
 
@@ -33,7 +33,13 @@ def draw(result, path):
 
     matplotlib.use("Agg")
     path.parent.mkdir(exist_ok=True)
-    drawn_by = {"layer": draw_layer, "model": draw_model, "scaling": draw_scaling, "quality": quality.draw}
+    drawn_by = {
+        "layer": draw_layer,
+        "model": draw_model,
+        "scaling": draw_scaling,
+        "quality": quality.draw,
+        "figures": figures.draw,
+    }
     figure = drawn_by[result["command"]](result)
     figure.savefig(path, dpi=110, metadata={"Description": digest(result)})
 

@@ -103,23 +103,31 @@ def merge(
     out: Annotated[Path, typer.Argument(help="new directory for the model")],
     base: Annotated[str | None, typer.Option(help="base model; else the one that the adapter names")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the base model's")] = None,
+    scale: Annotated[
+        float, typer.Option(help="turn every plane by so many times its angle: 0 = the base model, 1 = as trained")
+    ] = 1.0,
     push_to_hub: Annotated[str | None, typer.Option(help="user/name of a repository to upload the model to")] = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model: a plain transformers model, with tokenizer and card.
 
-    The merged model must give the adapter's logits on random tokens, or nothing is written. Needs memory for the model
-    and one layer.
+    The merged model must give the adapter's logits on random tokens, or nothing is written. Needs memory for the
+    model, the adapter's file and a layer.
 
     Example: poet-peft merge run/checkpoint-400 merged --base HuggingFaceTB/SmolLM2-135M --dtype bfloat16
     """
     from .merging import merge
 
-    result = merge(adapter, out, base, dtype, push_to_hub, progress=not as_json and sys.stderr.isatty())
+    progress = not as_json and sys.stderr.isatty()
+    result = merge(adapter, out, base, dtype, push_to_hub, progress, scale)
     if as_json:
         _print_json(result)
         return
     print(f"{result['path']}: {result['base_model']} with {result['num_layers']} rotated layers merged")
+    if scale != 1:
+        beside = result["num_unscaled_values"]
+        rest = f"; {beside:,} values beside the rotations as they are" if beside else ""
+        print(f"turned by {scale:g} times their angles{rest}")
     print(f"{result['num_parameters']:,} parameters in {result['dtype']}, {_size(result['bytes'])}")
     print(
         f"logits: {result['relative_error']:.1e} of their size from the adapter's ({result['tolerance']:.0e} allowed)"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import POETConfig, __version__, hardware, merge_and_reinitialize
 from ..layer import rotate_weight
 from ..ops.paths import PATHS, compute_path
+from ..pace import installed
 from ..registration import check_owns_name
 
 
@@ -56,7 +57,7 @@ def doctor(with_compile: bool = False) -> dict[str, Any]:
             "poet_peft": __version__,
             "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
-            **{name: version for name in (*_LIBRARIES, *_OPTIONAL) if (version := _version(name))},
+            **installed(*_LIBRARIES, *_OPTIONAL),
         },
         "devices": {
             "used": str(device),
@@ -94,13 +95,6 @@ def _outcome(check: Callable[[], None]) -> str:
     return "ok"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _import(module: str) -> None:
     importlib.import_module(module)
 
@@ -108,11 +102,11 @@ def _import(module: str) -> None:
 def _conflicts() -> list[str]:
     """What is installed in a version that this package's requirements exclude, and what else is known not to go."""
     found = []
-    for text in metadata.requires(_DISTRIBUTION) or [] if _version(_DISTRIBUTION) else []:
+    for text in metadata.requires(_DISTRIBUTION) or [] if installed(_DISTRIBUTION) else []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        version = _version(requirement.name)
+        version = installed(requirement.name).get(requirement.name)
         if version is None:
             found.append(f"{requirement.name} is not installed; {requirement} is needed")
         elif not requirement.specifier.contains(Version(version), prereleases=True):

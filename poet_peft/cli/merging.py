@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .. import create_model_card
 from ..errors import POETCheckpointError
+from ..layer import poet_layers
 from . import Refused
 from .saved import SavedAdapter, open_adapter, open_tensors, read_metrics
 
@@ -41,11 +42,13 @@ def merge(
     dtype: str | None = None,
     push_to_hub: str | None = None,
     progress: bool = False,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
     """Merge the adapter in `path` into its base model, and save the result in `out` as a plain transformers model,
     with tokenizer, generation configuration and model card.
 
-    Layers are merged one after the other, in fp32, so that beside the model only one layer's weights exist twice.
+    Layers are merged one after the other, in fp32, so that beside the model and the adapter only one layer's weights
+    exist twice.
     Before anything is written, the logits of the merged model are compared with those of the adapter on random tokens.
 
     Args:
@@ -53,6 +56,8 @@ def merge(
         dtype: of the saved weights: "float32", "bfloat16" or "float16"; None = the base model's.
         push_to_hub: repository to upload `out` to.
         progress: show a bar on stderr.
+        scale: every plane is turned by so many times its angle, see `dial`. Only rotations are scaled; what else the
+            adapter trained is merged as it is.
 
     Returns:
         What JSON can hold: where the model is, its size, and `relative_error`, how far its logits are from the
@@ -61,7 +66,8 @@ def merge(
     Raises:
         FileExistsError: `out` is not empty.
         POETCheckpointError: the adapter is damaged, names no base model, or the merged model gives other logits.
-        Refused: an unknown dtype, a weight that the rotations cannot be merged into, or a model without tokens.
+        Refused: an unknown dtype, a weight that the rotations cannot be merged into, a model without tokens, or an
+            adapter that cannot be scaled.
     """
     if dtype is not None and dtype not in DTYPES:
         raise Refused(f"--dtype {dtype} is unknown; choose one of {', '.join(DTYPES)}.")
@@ -77,8 +83,13 @@ def merge(
     # The weights in a file may have a residual, which only fp32 can take in.
     working_dtype = torch.promote_types(model.dtype, torch.float32 if held_dtype else saved_dtype)
     tokenizer = _load_tokenizer(adapter.directory, base, loading)
-    peft_model = PeftModel.from_pretrained(model.to(working_dtype), str(adapter.directory)).eval()
+    # Blocks that are kept from one forward to the next may take as much as the weights.
+    adapter.config.memory_efficient = True
+    peft_model = PeftModel.from_pretrained(model.to(working_dtype), str(adapter.directory), config=adapter.config)
 
+    peft_model.eval()
+    if scale != 1:
+        _set_scale(peft_model, scale)
     tokens = _random_tokens(model)
     expected = _logits(peft_model, tokens)
     try:
@@ -88,7 +99,7 @@ def merge(
     _check(merged, tokens, expected, working_dtype)
     merged = merged.to(saved_dtype)
     error = _check(merged, tokens, expected, saved_dtype)
-    _save(merged, tokenizer, _card(adapter, base, push_to_hub or str(out)), out)
+    _save(merged, tokenizer, _card(adapter, base, push_to_hub or str(out), scale), out)
     if push_to_hub:
         HfApi().create_repo(push_to_hub, exist_ok=True)
         HfApi().upload_folder(repo_id=push_to_hub, folder_path=out, commit_message="Upload the merged model")
@@ -97,12 +108,23 @@ def merge(
         "base_model": base,
         "dtype": str(saved_dtype).removeprefix("torch."),
         "num_layers": len(adapter.layers),
+        "scale": scale,
+        "num_unscaled_values": adapter.num_other_values() if scale != 1 else 0,
         "num_parameters": merged.num_parameters(),
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "relative_error": error,
         "tolerance": _TOLERANCE[saved_dtype],
         "pushed_to": push_to_hub,
     }
+
+
+def _set_scale(model: nn.Module, scale: float) -> None:
+    try:
+        for _, layer in poet_layers(model):
+            for name in layer.active_adapters:
+                layer.set_scale(name, scale)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _load_base(base: str, adapter: SavedAdapter, dtype: str | None) -> tuple[PreTrainedModel, dict[str, str]]:
@@ -184,10 +206,13 @@ def _save(model: PreTrainedModel, tokenizer: Any, card: ModelCard, out: Path) ->
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _card(adapter: SavedAdapter, base: str, repo_id: str) -> ModelCard:
-    """The card of the run that wrote the adapter, if it left its `metrics.json`; else one that says what is known."""
+def _card(adapter: SavedAdapter, base: str, repo_id: str, scale: float) -> ModelCard:
+    """The card of the run that wrote the adapter, if it left its `metrics.json`; else one that says what is known.
+
+    The numbers of a run are those of scale 1.
+    """
     metrics = read_metrics(adapter.directory)
-    if metrics is not None and metrics.get("method") == "poet":
+    if scale == 1 and metrics is not None and metrics.get("method") == "poet":
         return create_model_card(metrics, repo_id, kind="merged")
     name = repo_id.rstrip("/").rsplit("/", 1)[-1]
     named = base if not os.path.isdir(base) else None
@@ -196,10 +221,19 @@ def _card(adapter: SavedAdapter, base: str, repo_id: str) -> ModelCard:
     settings = {
         key: getattr(config, key) for key in ("variant", "block_size", "merge_interval", "base_init", "train_rest")
     }
+    if scale == 1:
+        reason = (
+            "The adapter came without a `metrics.json`, so this card does not say what it was trained on, and it "
+            "states no evaluation."
+        )
+    else:
+        reason = (
+            f"Every plane is turned by {scale:g} times the angle that was trained. What the adapter reached as "
+            "trained is not what this model does, so this card states no evaluation."
+        )
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"{f'`{named}`' if named else 'A model'}, trained with [POET](https://arxiv.org/abs/2506.08001) and "
         "`poet_peft`, then merged: the rotations are in the weights. A plain transformers model; neither PEFT nor "
-        "poet_peft is needed to load it.\n\nThe adapter came without a `metrics.json`, so this card does not say what "
-        f"it was trained on, and it states no evaluation.\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
+        f"poet_peft is needed to load it.\n\n{reason}\n\n```json\n{json.dumps(settings, indent=2)}\n```\n"
     )

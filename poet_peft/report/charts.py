@@ -33,6 +33,14 @@ def sections(runs: list[Run]) -> dict[str, list[Chart]]:
     found = {
         "Training": _training(runs),
         "Rotations since the last fold": _rotations(runs),
+        "Rotations since training began": [
+            _lines(
+                "Vector probing",
+                _of(runs, "summary/probe_cosine"),
+                note="Cosine of fixed vectors with what all rotations so far have made of them, mean over layers and "
+                "sides. 1: nothing turned. 0: turned at random.",
+            )
+        ],
         "Folds": _folds(runs),
         "Weights": _weights(runs),
         "Memory and speed": _pace(runs),
