@@ -119,6 +119,8 @@ class _Rules:
     def _integer(self, name, value, patch):
         if "vocab" in name:
             return min(value, VOCABULARY)
+        if name == "upsample_groups":  # a group for each feature
+            return max(value // self.divisor, 1)
         if _IDS.search(name):
             return self._special_id(value)
         if _EXPERTS.search(name):
@@ -142,14 +144,19 @@ class _Rules:
     def _cut_layers(self, values):
         """Two layers, or one of every kind where lists have an entry for each layer."""
         numbers = {name: value for name, value in values.items() if type(value) is int and _LAYERS.search(name)}
+        stages = values.get("out_features") or []  # of a backbone, whose layers are its stages
+        fewest = max(2, len(stages))
         for name, number in numbers.items():
-            if number <= 2:
+            if number <= fewest:
                 continue
             lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == number}
             kinds = list(zip(*lists.values(), strict=True))
             chosen = sorted({kinds.index(kind) for kind in kinds if kinds}) if kinds else []
-            kept = chosen[:4] if len(chosen) > 1 else [0, 1]
+            kept = chosen[:4] if len(chosen) > 1 else list(range(fewest))
             values[name] = len(kept)
+            if f"stage{number}" in stages:
+                values["out_features"] = [f"stage{i + 1}" for i in range(len(kept) - len(stages), len(kept))]
+                values["out_indices"] = None
             for key, value in lists.items():
                 values[key] = [value[i] for i in kept]
             for key, value in values.items():
