@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import METRICS, gpt2, llama, logits, tokenizer, train, wrap
 from peft.helpers import rescale_adapter_scale
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from poet_peft.cli import Refused, app, difference, doctor, inspection, merging
 from poet_peft.errors import POETCheckpointError
@@ -204,6 +204,17 @@ def test_merged_model_needs_nothing_of_this_package(base, regime):
     assert not any("poet" in name for name in merged.state_dict())
     assert torch.allclose(logits(merged.eval()), logits(model), atol=1e-5)
     assert result["relative_error"] < 1e-5
+
+
+def test_experts_are_merged(tmp_path):
+    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    mixture = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    MixtralForCausalLM(mixture).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    path, model = save(tmp_path / "base", "adapter", target_modules=[], target_parameters=["experts.gate_up_proj"])
+    merging.merge(path, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged.eval()), logits(model), atol=1e-5)
 
 
 def test_merge_saves_tokenizer_generation_config_and_card(base):

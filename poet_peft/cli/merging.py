@@ -83,10 +83,10 @@ def merge(
     # The weights in a file may have a residual, which only fp32 can take in.
     working_dtype = torch.promote_types(model.dtype, torch.float32 if held_dtype else saved_dtype)
     tokenizer = _load_tokenizer(adapter.directory, base, loading)
-    # Blocks that are kept from one forward to the next may take as much as the weights.
-    adapter.config.memory_efficient = True
+    if not adapter.config.target_parameters:  # which have no such forward
+        # Blocks that are kept from one forward to the next may take as much as the weights.
+        adapter.config.memory_efficient = True
     peft_model = PeftModel.from_pretrained(model.to(working_dtype), str(adapter.directory), config=adapter.config)
-
     peft_model.eval()
     if scale != 1:
         _set_scale(peft_model, scale)
