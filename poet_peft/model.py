@@ -42,7 +42,7 @@ from .targets import (
 from .weights.initial import draw_weight
 from .weights.plain import CONVOLUTIONS, PlainWeight, rotated_sides
 from .weights.sharded import check_gathered_in_forward, reshard
-from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied
+from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied, names_tied_with_embedding
 
 
 _KINDS = {Convolution: CONVOLUTIONS, Embedding: nn.Embedding, MultiheadAttention: nn.MultiheadAttention}
@@ -275,6 +275,9 @@ class POETModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         write_sum(adapters, adapter_name, parameters)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return names_tied_with_embedding(super()._get_module_names_tied_with_embedding)
 
     def disable_adapter_layers(self) -> None:
         for _, layer in poet_layers(self.model):

@@ -3,6 +3,8 @@
 - `clear_leftover_gguf_flags`: until transformers removes its quantizer from a GGUF model that it has dequantized (not
   in 5.23).
 - `keep_tied`: until PEFT asks which weights are tied and not whether the first embedding is (not in 0.21).
+- `names_tied_with_embedding`: until PEFT knows models that raise where they are asked for their embeddings (not in
+  0.21).
 - `keep_exact`: until bitsandbytes keeps fp32 scales, and a backward, for 4-bit layers on CPUs with AVX512-BF16 (not in
   0.50).
 
@@ -13,7 +15,7 @@ extends PEFT's enum (0.21).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -48,25 +50,35 @@ def keep_tied(model: nn.Module) -> Iterator[None]:
     PEFT takes it away, with a warning, from a model whose output head shares its weight with another embedding than
     the first, as an encoder-decoder's with the decoder's. The saved model then lacks the weight of its head.
     """
-    if not _is_head_shared(model):
+    before = isinstance(model, PreTrainedModel) and getattr(model.config, "tie_word_embeddings", None)
+    if not (before and _is_head_shared(model)):
         yield
         return
-    before = getattr(model.config, "tie_word_embeddings", None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied after merging")
         yield
-    if before and _is_head_shared(model):
+    if _is_head_shared(model):  # a trained copy of the embedding may have untied it
         model.config.tie_word_embeddings = before
 
 
 def _is_head_shared(model: nn.Module) -> bool:
-    if not isinstance(model, PreTrainedModel):
-        return False
     try:
         weight = getattr(model.get_output_embeddings(), "weight", None)
     except NotImplementedError:
         return False
     return weight is not None and sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
+
+
+def names_tied_with_embedding(of_peft: Callable[[], list[str]]) -> list[str]:
+    """What PEFT finds tied to the embedding of the model's tokens: nothing where the model has none to give.
+
+    Detectors of objects and some models of several parts raise NotImplementedError in `get_input_embeddings`, which
+    would end the injection.
+    """
+    try:
+        return of_peft()
+    except NotImplementedError:
+        return []
 
 
 def keep_exact(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from poet_peft import POETConfig
 from poet_peft.layer import poet_layers
 
 from .family_inputs import candidates
+from .left_out import REASONS
 from .tiny_configs import PLANS, tiny_config
 
 
@@ -36,13 +37,6 @@ MAX_SECONDS = 20  # of computing, until no other size is tried
 TOLERANCE = 1e-4  # of what is computed in another order, in fp32
 ROUNDING = 2e-6  # of the same operations: products depend on where in memory a tensor begins
 SAME_OPERATIONS = ("start", "reload")
-LEFT_OUT = {  # how the library's warnings name what it leaves out
-    "head": "leaves out the output head",
-    "not called": "whose rotations would not train",
-    "shared": "leaves out layers that share their weight",
-    "another forward": "which returns something else",
-    "one feature": "nothing to rotate",
-}
 
 
 def check(family, overrides=None):
@@ -159,12 +153,12 @@ def check_model(model, inputs, task_type=None):
         except (ValueError, TypeError, NotImplementedError) as error:
             return {"status": "refused", "message": short(error)}
     said = [str(warning.message) for warning in caught]
-    layers = dict(poet_layers(wrapped.base_model.model))
+    layers = {layer.module_name: layer for _, layer in poet_layers(wrapped.base_model.model)}
     result = {"rotated": len(layers), "left_out": left_out(base, layers, said)}
     errors = result["errors"] = {"start": difference(values(wrapped, inputs), expected)}
 
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    loss_of(outputs(wrapped, inputs)).backward()
+    backward(wrapped, inputs)
     without = {name for name, layer in layers.items() if not all(map(has_gradient, rotations_of(layer)))}
     result["unused"] = names(without - trains)
     result["no gradient"] = names(without & trains)
@@ -173,7 +167,10 @@ def check_model(model, inputs, task_type=None):
     result["moved"] = difference(trained, expected)
 
     with tempfile.TemporaryDirectory() as folder:
-        wrapped.save_pretrained(f"{folder}/adapter")
+        try:
+            wrapped.save_pretrained(f"{folder}/adapter")
+        except NotImplementedError as error:  # PEFT asks for the embeddings of a model that gives none
+            return result | {"status": "refused", "message": short(error)}
         fresh = PeftModel.from_pretrained(copy.deepcopy(base), f"{folder}/adapter").eval()
         errors["reload"] = difference(values(fresh, inputs), trained)
         del fresh
@@ -229,11 +226,14 @@ def verdict(result):
 
 def left_out(model, rotated, said):
     """Names of linear layers that are not rotated, and of experts, by what the library said of them."""
-    found = {reason: [m for m in said if sign in m] for reason, sign in LEFT_OUT.items()}
+    found = {key: [m for m in said if reason.sign in m] for key, reason in REASONS.items() if reason.sign}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     result = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or name in rotated:
+        is_attention = isinstance(module, nn.MultiheadAttention)
+        if not (is_attention or isinstance(module, nn.Linear | Conv1D)):
+            continue
+        if (f"{name}.in_proj_weight" if is_attention else name) in rotated:
             continue
         pattern = names([name])[0]
         reason = next((r for r, messages in found.items() if any(is_named(n, m) for m in messages for n in
@@ -263,14 +263,20 @@ def names(found):
 
 
 def weights_that_train(model, inputs):
-    """Names of the linear layers whose weight gets a gradient where the model itself trains in full."""
+    """Names of the layers and parameters that get a gradient where the model itself trains in full."""
     model = copy.deepcopy(model).requires_grad_(True)
-    loss_of(outputs(model, inputs)).backward()
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and has_gradient(module.weight)
-    }
+    backward(model, inputs)
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if has_gradient(parameter)}
+    return trained | {name.removesuffix(".weight") for name in trained}
+
+
+def backward(model, inputs):
+    """Gradients of the loss in evaluation mode, which is without dropout, or in training mode if the model insists."""
+    try:
+        loss_of(outputs(model, inputs)).backward()
+    except AssertionError:
+        loss_of(outputs(model.train(), inputs)).backward()
+        model.eval()
 
 
 def has_gradient(parameter):

@@ -4,19 +4,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.harness.left_out import REASONS
+
 from .text import table
 
 
 RESULT = Path(__file__).parents[1] / "results" / "families.json"
 KINDS = "causal LM", "encoder", "encoder-decoder", "vision", "speech", "multimodal", "other"
-LEFT_OUT = {
-    "head": "output head",
-    "not called": "read without being called",
-    "shared": "weight shared with another module",
-    "another forward": "not a plain linear layer",
-    "one feature": "one feature on both sides",
-    "experts": "expert weights outside linear layers",
-}
 STATUSES = {
     "works": "works",
     "refused": "refused",
@@ -72,8 +66,9 @@ def row(name, family):
 
 
 def said(left_out):
-    reasons = [reason for reason in left_out if reason in LEFT_OUT]
-    return "; ".join(f"{LEFT_OUT[reason]}: {listed(left_out[reason])}" for reason in reasons)
+    return "; ".join(
+        f"{REASONS[reason].label}: {listed(names)}" for reason, names in left_out.items() if reason in REASONS
+    )
 
 
 def listed(names):
