@@ -71,7 +71,7 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
     """
 
     adapter_layer_names = ("poet_R", "poet_P")
-    other_param_names = ("poet_state", "poet_residual", "poet_config", "poet_scaling")
+    other_param_names = ("poet_state", "poet_residual", "poet_config", "poet_scaling", "poet_probes")
     weight_name = "weight"  # of the parameter that is rotated, in the base layer
     mixes_samples: str | None = None  # why the samples of a batch cannot have adapters of their own; None: they can
 
@@ -337,7 +337,6 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
         if self.has_adapter(adapter_name) and self.state(adapter_name).num_folds:
             self.restore_initial_weight()
         self._states.pop(adapter_name, None)
-        self.poet_probes.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
 
