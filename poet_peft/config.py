@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
@@ -17,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from .maths.blocks import VARIANTS
 from .maths.orthogonal import Cayley, CayleyNeumann, OrthogonalMap
 from .registration import check_owns_name, ensure_peft_type
+from .setting_checks import block_size, boolean, check_choice, check_is_dict, integer, layer_indexes, positive
 from .weights.initial import SCHEMES, scale_of
 
 
@@ -184,7 +182,7 @@ class POETConfig(PeftConfig):
         Raises:
             ValueError: an unknown recipe, or settings that contradict each other.
         """
-        _check_choice("recipe", recipe, tuple(_RECIPES))
+        check_choice("recipe", recipe, tuple(_RECIPES))
         settings = {"target_modules": "all-linear", "block_size": 256, "base_init": "normalized", "train_rest": True}
         intervals = {} if "merge_interval" in overrides else _RECIPES[recipe]
         return cls(**{**settings, **intervals, **overrides})
@@ -254,15 +252,15 @@ class POETConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
 
-        _check_choice("variant", self.variant, VARIANTS)
-        _check_choice("orthogonal_map", self.orthogonal_map, _MAPS)
-        _check_choice("bias", self.bias, _BIASES)
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("orthogonal_map", self.orthogonal_map, _MAPS)
+        check_choice("bias", self.bias, _BIASES)
         if self.base_init is not None:
-            _check_choice("base_init", self.base_init, SCHEMES)
-        self.base_init_scale = _positive("base_init_scale", self.base_init_scale)
-        _check_is_dict("base_init_scale_pattern", self.base_init_scale_pattern, "factor")
+            check_choice("base_init", self.base_init, SCHEMES)
+        self.base_init_scale = positive("base_init_scale", self.base_init_scale)
+        check_is_dict("base_init_scale_pattern", self.base_init_scale_pattern, "factor")
         self.base_init_scale_pattern = {
-            pattern: _positive(f"base_init_scale_pattern[{pattern!r}]", factor)
+            pattern: positive(f"base_init_scale_pattern[{pattern!r}]", factor)
             for pattern, factor in self.base_init_scale_pattern.items()
         }
         for name, default in (("base_init_scale", 1.0), ("base_init_scale_pattern", {})):
@@ -271,21 +269,21 @@ class POETConfig(PeftConfig):
                     f"{name}={getattr(self, name)} scales the weights that base_init draws, and base_init=None "
                     "draws none; pass both, or neither."
                 )
-        self.block_size = _block_size("block_size", self.block_size, self.variant)
-        _check_is_dict("block_size_pattern", self.block_size_pattern, "block size")
+        self.block_size = block_size("block_size", self.block_size, self.variant)
+        check_is_dict("block_size_pattern", self.block_size_pattern, "block size")
         self.block_size_pattern = {
-            pattern: _block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
+            pattern: block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
             for pattern, block_size in self.block_size_pattern.items()
         }
-        self.num_neumann_terms = _integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
-        self.merge_interval = _integer("merge_interval", self.merge_interval, minimum=0)
-        self.max_drift = _positive("max_drift", self.max_drift)
-        self.seed = _integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
-        self.layers_to_transform = _layer_indexes(self.layers_to_transform)
+        self.num_neumann_terms = integer("num_neumann_terms", self.num_neumann_terms, minimum=1)
+        self.merge_interval = integer("merge_interval", self.merge_interval, minimum=0)
+        self.max_drift = positive("max_drift", self.max_drift)
+        self.seed = integer("seed", self.seed, minimum=0, maximum=2**63 - 1)
+        self.layers_to_transform = layer_indexes(self.layers_to_transform)
         self._check_reinit_interval()
         for name, annotation in POETConfig.__annotations__.items():
             if annotation == "bool":
-                setattr(self, name, _boolean(name, getattr(self, name)))
+                setattr(self, name, boolean(name, getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} is given without layers_to_transform; pass both, or neither."
@@ -314,22 +312,12 @@ class POETConfig(PeftConfig):
     def _check_reinit_interval(self) -> None:
         if self.reinit_interval is None:
             return
-        self.reinit_interval = _integer("reinit_interval", self.reinit_interval, minimum=0)
+        self.reinit_interval = integer("reinit_interval", self.reinit_interval, minimum=0)
         if self.merge_interval == 0 or self.reinit_interval % self.merge_interval:
             raise ValueError(
                 f"reinit_interval={self.reinit_interval} must be a multiple of merge_interval={self.merge_interval}, "
                 "since permutations can only be drawn anew right after a fold. Pass None to do both together."
             )
-
-
-def _check_is_dict(name: str, value: Any, what: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be a dict {{name: {what}}}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
 
 
 def _check_file_format(file_format: Any) -> None:
@@ -342,47 +330,3 @@ def _check_file_format(file_format: Any) -> None:
             f"file_format={file_format} is of a newer poet_peft, this one reads up to {_FILE_FORMAT}; install a newer "
             "poet_peft."
         )
-
-
-def _integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
-    if maximum is not None and value > maximum:
-        raise ValueError(f"{name}={value!r} must be at most {maximum}.")
-    return int(value)
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
-        raise ValueError(f"{name}={value!r} must be a positive number.")
-    return float(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={value!r} must be True or False.")
-    return bool(value)
-
-
-def _block_size(name: str, value: Any, variant: str) -> int | float:
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if is_integer and value >= 2:
-        return int(value)
-    is_fraction = isinstance(value, Real) and not isinstance(value, Integral)
-    if variant == "fully_stochastic":
-        if is_fraction and 0 < value <= 1:
-            return float(value)
-        raise ValueError(
-            f"{name}={value!r} must be an integer of at least 2 (features in a block, of which 1 cannot rotate), or a "
-            "float in (0, 1] (a fraction of each dimension)."
-        )
-    hint = "; fractions of a dimension need variant='fully_stochastic'" if is_fraction else ""
-    raise ValueError(f"{name}={value!r} must be an integer of at least 2 (a block of 1 cannot rotate){hint}.")
-
-
-def _layer_indexes(value: Any) -> list[int] | int | None:
-    if value is None:
-        return None
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_integer(f"layers_to_transform[{i}]", index, minimum=0) for i, index in enumerate(value)]
-    return _integer("layers_to_transform", value, minimum=0)

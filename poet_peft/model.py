@@ -1,23 +1,21 @@
-"""`POETModel`: injection into a model, and what goes into and comes out of an adapter file."""
+"""`POETModel`: injection into a model, and what PEFT does with adapters once they are in it."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
-from torch import Tensor, nn
+from torch import nn
 
 from .attention import MultiheadAttention, reach_attention, rotated_parts
 from .combine import check_combinable, weighted_parameters, write_sum
@@ -25,9 +23,10 @@ from .config import POETConfig
 from .convolution import Convolution
 from .embedding import Embedding
 from .experts import ParamWrapper
-from .files.adapter import check_adapter_tensors, load_base_tensors, match_residuals
-from .files.keys import base_key, base_keys, keys_that_peft_saves, rest_keys, without_adapter_name
+from .files.contents import AdapterFile
+from .files.keys import rest_keys
 from .layer import POETLayer, poet_layers
+from .left_out import leave_out
 from .linear import Linear, ReadLinear
 from .mixed_batch import named_adapters, num_repeats_of
 from .target_parameters import check_target_parameters, reach_experts, warn_of_unreached_weights
@@ -36,7 +35,6 @@ from .targets import (
     check_targets,
     is_all_linear,
     layer_names,
-    leave_out,
     warn_of_unmatched_patterns,
 )
 from .weights.initial import draw_weight
@@ -48,7 +46,7 @@ from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied, names
 _KINDS = {Convolution: CONVOLUTIONS, Embedding: nn.Embedding, MultiheadAttention: nn.MultiheadAttention}
 
 
-class POETModel(BaseTuner):
+class POETModel(AdapterFile, BaseTuner):
     """POET (arXiv 2506.08001) around the layers of a model: `y = R W P x + bias`, `W` frozen.
 
     Linear layers, convolutions, embeddings, and the attention of torch.
@@ -314,65 +312,6 @@ class POETModel(BaseTuner):
         for _, layer in poet_layers(self.model):
             layer.check_mergeable()
 
-    # What a file holds
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: POETConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        # PEFT has dropped what looks like another adapter's, which is too much if that is called "weight", or "model".
-        state_dict = {**model.state_dict(), **state_dict}
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        selected = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
-        selected.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
-        if config.train_rest:
-            selected.update({key: state_dict[key] for key in rest_keys(model, state_dict)})
-        layers = {name: layer for name, layer in poet_layers(model) if layer.has_adapter(adapter_name)}
-        _warn_if_never_stepped(adapter_name, layers.values())
-        if config.changes_base_weights:
-            for name, layer in layers.items():
-                use_layers = layer.merged or layer.base_weight.is_quantized
-                for part, tensor in layer.base_parts_to_save.items():
-                    key = base_key(name, layer, part)
-                    saved = state_dict.get(key)
-                    selected[key] = tensor.detach() if use_layers or saved is None else saved
-        return selected
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return without_adapter_name(key, adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: POETConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        current = model.state_dict()
-        if not any(key.startswith("base_model.model.") for key in current):
-            remapped = {key.removeprefix("base_model.model."): tensor for key, tensor in remapped.items()}
-        layers = {name: layer for name, layer in poet_layers(model) if layer.has_adapter(adapter_name)}
-        remapped = match_residuals(adapter_name, layers, remapped)
-
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        adapter = _filter_state_dict_by_key_prefixes(remapped, prefixes)
-        expected = _filter_state_dict_by_key_prefixes(current, prefixes)
-        base = {key: tensor for key, tensor in remapped.items() if key not in adapter}
-        required = set()
-        if config.changes_base_weights:
-            for name, layer in layers.items():
-                required |= base_keys(name, layer).keys()
-        if config.train_rest:
-            required |= rest_keys(model, current)
-        optional = keys_that_peft_saves(model, config, current)
-
-        check_adapter_tensors(adapter_name, layers, adapter, expected)
-        return {**adapter, **load_base_tensors(model, config, adapter_name, layers, base, required, optional)}
-
 
 def _draw(name: str, weight: PlainWeight, config: POETConfig) -> None:
     if weight.parameter.is_meta:
@@ -380,18 +319,3 @@ def _draw(name: str, weight: PlainWeight, config: POETConfig) -> None:
     shape = weight.as_matrix(weight.parameter).shape
     drawn = draw_weight(*shape, config.base_init, seed=config.seed, module_name=name)
     weight.write(config.base_init_scale_of(name) * drawn)
-
-
-def _warn_if_never_stepped(adapter_name: str, layers: Iterable[POETLayer]) -> None:
-    for layer in layers:
-        if not layer.is_periodic(adapter_name) or not layer.poet_config[adapter_name].init_weights:
-            continue
-        state = layer.state(adapter_name)
-        moved = any(bool(rotation.weight.any()) for rotation in layer.rotations(adapter_name))
-        if moved and state.num_steps == 0 and state.num_folds == 0:
-            warnings.warn(
-                f"the rotations of {layer.module_name!r} have moved, but no step of a torch optimizer that holds them "
-                f"was seen, so that merge_interval={layer.poet_config[adapter_name].merge_interval} folded nothing. "
-                "Train them with a torch.optim.Optimizer, or call merge_and_reinitialize(model) yourself."
-            )
-            return

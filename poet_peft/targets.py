@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .attention import obstacle_to, rotated_parts, weights_of
@@ -25,15 +24,7 @@ from .weights.plain import CONVOLUTIONS, READ_LINEAR, RotatedSide, rotated_sides
 from .weights.quantized import QuantizedWeight
 
 
-# The tasks with which PEFT trains heads in full: how the names of transformers' classes end, and those of the heads.
-_TASKS = {
-    "SEQ_CLS": ("ForSequenceClassification", ("classifier", "score")),
-    "TOKEN_CLS": ("ForTokenClassification", ("classifier", "score")),
-    "QUESTION_ANS": ("ForQuestionAnswering", ("qa_outputs",)),
-}
-
-
-_RETURNS_ELSE = "which returns something else than `W x + bias`"
+RETURNS_ELSE = "which returns something else than `W x + bias`"
 
 
 def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> None:
@@ -46,7 +37,7 @@ def check_supported(name: str, layer: nn.Module, **quantization_kwargs: Any) -> 
     backend = resolve_quantization_backend(layer, **quantization_kwargs)
     if backend is None and returns_something_else(layer):
         raise TypeError(
-            f"POET cannot rotate {name!r} of type {type(layer).__name__}, {_RETURNS_ELSE}, so that there is no output "
+            f"POET cannot rotate {name!r} of type {type(layer).__name__}, {RETURNS_ELSE}, so that there is no output "
             "to rotate. Take it out of target_modules, or add it to exclude_modules."
         )
     if isinstance(layer, nn.Linear | Conv1D) and not isinstance(layer, READ_LINEAR):
@@ -134,57 +125,6 @@ def check_targets(
         _warn_if_pretrained(model, config)
 
 
-def leave_out(
-    model: nn.Module, config: POETConfig, requested: set[str] | str | None, targets: list[tuple[str, nn.Module]]
-) -> list[tuple[str, nn.Module]]:
-    """The targets without those that must not be rotated, where PEFT and not the user chose them.
-
-    That is the output head, which PEFT finds only if it knows the task, layers that share their weight with another
-    module, subclasses of linear layers that return something else, as some routers do, and layers whose weight is read
-    by another module, which never calls them. A warning names them, except for heads and shared weights that
-    `train_rest` trains in full anyway.
-
-    Args:
-        config: with `target_modules` as PEFT wrote it out.
-        requested: `target_modules` as the user wrote it. None and "all-linear" leave the choice to PEFT.
-        targets: names and modules of the layers that `config` matches.
-    """
-    if not chosen_by_peft(requested):
-        return targets
-    if requested is not None:  # PEFT lists the linear layers, and takes a name for the end of longer ones as well
-        targets = [(name, module) for name, module in targets if name in config.target_modules]
-    targets = [(name, module) for name, module in targets if not _is_saved_in_full(name, config)]
-    heads = _output_heads(model, targets)
-    if heads and not config.train_rest:
-        warnings.warn(
-            f"target_modules={requested!r} leaves out the output head, which is not trained: {', '.join(heads)}. To "
-            f"train and save it in full, pass modules_to_save={heads}{_task_hint(model, config, heads)}."
-        )
-    targets = [(name, module) for name, module in targets if name not in heads]
-    shared = _shared_weights(model, targets)
-    if shared and not config.train_rest:
-        tied = "; ".join(f"{name} (shared by {', '.join(owners)})" for name, owners in shared.items())
-        warnings.warn(
-            f"target_modules={requested!r} leaves out layers that share their weight, since a rotation of one would "
-            f"change the other: {tied}."
-        )
-    targets = [(name, module) for name, module in targets if name not in shared]
-    readers = {name: reader for name, _ in targets if (reader := reader_of(model, name))}
-    if readers:
-        warnings.warn(
-            f"target_modules={requested!r} leaves out layers whose rotations would not train: "
-            f"{_readers_as_text(readers)}."
-        )
-    targets = [(name, module) for name, module in targets if name not in readers]
-    others = {name: type(module).__name__ for name, module in targets if returns_something_else(module)}
-    if others:
-        warnings.warn(
-            f"target_modules={requested!r} leaves out {', '.join(without_indexes(sorted(others)))} of type "
-            f"{', '.join(sorted(set(others.values())))}, {_RETURNS_ELSE}."
-        )
-    return [(name, module) for name, module in targets if name not in others]
-
-
 def chosen_by_peft(target_modules: set[str] | str | None) -> bool:
     """Whether `target_modules`, as the user wrote it, leaves the choice of layers to PEFT."""
     return target_modules is None or is_all_linear(target_modules)
@@ -212,44 +152,7 @@ def warn_of_unmatched_names(model: nn.Module, target_modules: set[str] | str | N
         )
 
 
-def _output_heads(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> list[str]:
-    """Names of the targets that give labels, scores or tokens: outside the base model, and as wide as these are."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    num_labels = getattr(model.config, "num_labels", 2)
-    # One score of a choice, two ends of a span, all labels, all labels and "none of them", all tokens.
-    widths = {1, 2, num_labels, num_labels + 1, getattr(model.config, "vocab_size", None)}
-
-    def is_outside(name: str) -> bool:
-        if model.base_model is model:
-            return "." not in name
-        return not name.startswith(f"{model.base_model_prefix}.")
-
-    return [name for name, layer in targets if is_outside(name) and getattr(layer, "out_features", None) in widths]
-
-
-def _shared_weights(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
-    """All names of the weights of targets that have several."""
-    owners = parameter_names(model)
-    names = {name: max((owners.get(id(w), []) for w in _weights(layer)), key=len) for name, layer in targets}
-    return {name: found for name, found in names.items() if len(found) > 1}
-
-
-def _is_saved_in_full(name: str, config: POETConfig) -> bool:
-    """Whether PEFT trains a layer as one of `modules_to_save`, to which it adds the heads of some tasks."""
-    saved = [*(config.modules_to_save or ()), *_TASKS.get(config.task_type, ("", ()))[1]]
-    return any(re.search(rf"{re.escape(module)}($|\.)", name) for module in saved)
-
-
-def _task_hint(model: nn.Module, config: POETConfig, heads: list[str]) -> str:
-    """`, or task_type=...` if PEFT would then train these heads."""
-    for task, (kind, names) in _TASKS.items():
-        if type(model).__name__.endswith(kind) and {head.partition(".")[0] for head in heads} <= set(names):
-            return f", or task_type={task!r}"
-    return ""
-
-
-def _readers_as_text(readers: dict[str, nn.Module]) -> str:
+def readers_as_text(readers: dict[str, nn.Module]) -> str:
     """Layers by the class of the module that reads their weight."""
     layers: dict[str, list[str]] = {}
     for name, reader in readers.items():
@@ -265,13 +168,13 @@ def _check_called(model: nn.Module, names: list[str]) -> None:
     if readers:
         last_names = sorted({name.rpartition(".")[2] for name in readers})
         raise ValueError(
-            f"POET cannot rotate what is not called: {_readers_as_text(readers)}, so that rotations would not train. "
+            f"POET cannot rotate what is not called: {readers_as_text(readers)}, so that rotations would not train. "
             f"Take it out of target_modules, or add to exclude_modules: {last_names}."
         )
 
 
 def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]]) -> None:
-    for weight in _weights(layer):
+    for weight in rotated_parameters(layer):
         names = [owner.replace(".base_layer.", ".") for owner in owners.get(id(weight), [])]
         if len(names) > 1:
             raise ValueError(
@@ -280,7 +183,7 @@ def _check_not_shared(name: str, layer: nn.Module, owners: dict[int, list[str]])
             )
 
 
-def _weights(layer: nn.Module) -> list[torch.Tensor | None]:
+def rotated_parameters(layer: nn.Module) -> list[torch.Tensor | None]:
     """The parameters that rotating a layer would change."""
     if isinstance(layer, nn.MultiheadAttention):
         return [weight.parameter for weight in weights_of(layer).values()]
