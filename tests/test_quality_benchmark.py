@@ -292,6 +292,12 @@ def test_final_runs_are_those_of_the_longest_with_equal_settings():
     assert [run["run"]["seed"] for run in report.final_runs(runs)["adamw"]] == [42, 43]
 
 
+def test_pattern_fits_into_a_cell_of_a_table():
+    pattern = {"q_proj|k_proj": 3.0, "down_proj": 0.5}
+    runs = [result("poet-ortho", options={"config.base_init_scale_pattern": pattern})]
+    assert "base init scale pattern q_proj, k_proj: 3; down_proj: 0.5" in report.tuning_table(runs)
+
+
 def test_variants_are_no_runs_of_the_search():
     runs = [result("poet-ortho"), result("poet-ortho", loss=0.5, options={"variant.gains": "layer"})]
     assert [run["loss"] for run in report.tuning_runs(runs)["poet-ortho"]] == [1.0]

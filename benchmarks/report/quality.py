@@ -147,8 +147,16 @@ def settings_text(run):
     beta2 = run["betas"][1]
     parts = [f"initial weights: {INITIAL_WEIGHTS[run['base_init']]}", f"decay {run['weight_decay']:g}"]
     parts += [f"warm-up {100 * run['warmup']:g} %", f"β₂ {beta2:g}"]
-    parts += [f"{key.partition('.')[2].replace('_', ' ')} {value}" for key, value in sorted(run["options"].items())]
+    options = sorted(run["options"].items())
+    parts += [f"{key.partition('.')[2].replace('_', ' ')} {option_text(value)}" for key, value in options]
     return ", ".join(parts)
+
+
+def option_text(value):
+    """An option's value in a cell of a table; of a pattern what it has for each kind of layer."""
+    if not isinstance(value, dict):
+        return str(value)
+    return "; ".join(f"{key.replace('|', ', ')}: {part:g}" for key, part in value.items())
 
 
 def rate(value):
@@ -263,7 +271,7 @@ def _of_adamw(result, best):
 def _value_text(what, value):
     if what == "matrix_lr" and value is None:
         return "by the angle law"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else option_text(value)
 
 
 def summary():
