@@ -107,7 +107,7 @@ def text_of_curves(runs):
 
 def text_of_spectra(runs):
     texts = [
-        f"{name_of(method)} changes none by more than {100 * change_of_spectrum(run):.2g} %"
+        f"{name_of(method)} changes none by more than {max(100 * change_of_spectrum(run), 0.001):.2g} %"
         for method, run in poet_runs(runs).items()
     ]
     grown = pick(runs, "adamw")
