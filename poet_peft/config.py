@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from .maths.blocks import VARIANTS
 from .maths.orthogonal import Cayley, CayleyNeumann, OrthogonalMap
 from .registration import check_owns_name, ensure_peft_type
-from .setting_checks import block_size, boolean, check_choice, check_is_dict, integer, layer_indexes, positive
+from .setting_checks import boolean, check_choice, check_is_dict, integer, layer_indexes, positive, size_of_blocks
 from .weights.initial import SCHEMES, scale_of
 
 
@@ -269,10 +269,10 @@ class POETConfig(PeftConfig):
                     f"{name}={getattr(self, name)} scales the weights that base_init draws, and base_init=None "
                     "draws none; pass both, or neither."
                 )
-        self.block_size = block_size("block_size", self.block_size, self.variant)
+        self.block_size = size_of_blocks("block_size", self.block_size, self.variant)
         check_is_dict("block_size_pattern", self.block_size_pattern, "block size")
         self.block_size_pattern = {
-            pattern: block_size(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
+            pattern: size_of_blocks(f"block_size_pattern[{pattern!r}]", block_size, self.variant)
             for pattern, block_size in self.block_size_pattern.items()
         }
         self.num_neumann_terms = integer("num_neumann_terms", self.num_neumann_terms, minimum=1)

@@ -39,7 +39,7 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def block_size(name: str, value: Any, variant: str) -> int | float:
+def size_of_blocks(name: str, value: Any, variant: str) -> int | float:
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if is_integer and value >= 2:
         return int(value)
