@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from poet_peft import POETConfig
-from poet_peft.ops import effective
+from poet_peft.ops import block_gradients
 from poet_peft.ops.paths import PATHS, compute_path
 
 
@@ -123,8 +123,8 @@ def test_tangent_rule_is_used_where_its_inverse_is_exact(case, theta, is_used, m
     with compute_path("reference"):
         expected = gradients(layer, x)
     used = []
-    rule = effective.block_outer_products
-    monkeypatch.setattr(effective, "block_outer_products", lambda *args: (used.append(True), rule(*args))[1])
+    rule = block_gradients.block_outer_products
+    monkeypatch.setattr(block_gradients, "block_outer_products", lambda *args: (used.append(True), rule(*args))[1])
     with compute_path("tangent"):
         actual = gradients(layer, x)
     assert bool(used) == is_used
