@@ -87,6 +87,7 @@ PARTS = {
     "blocks of 64": {"options": {"config.block_size": 64}},
     "one block a side": {"options": {"config.block_size": 1024}},
     "initial weights of one size": without_option("config.base_init_scale_pattern"),
+    "sides decorrelated by 0.25": {"options": {"variant.decorrelation": 0.25}},
     "a gain for each output": {"options": {"variant.gains": "output"}},
     "a gain for each layer": {"options": {"variant.gains": "layer"}},
     **{f"initial weights {name}": {"options": {"variant.spectra": name}} for name in SPECTRA},

@@ -18,6 +18,8 @@ from benchmarks.harness.quality_run import BATCH_SIZE, Run, batches, measure, sc
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
 from benchmarks.report import quality as report
+from poet_peft.maths.orthogonal import skew
+from poet_peft.quick_fold import rotate_in_place
 
 
 START = Run("adamw", lr=1e-2, matrix_lr=1e-3, size="tiny", steps=4)
@@ -193,6 +195,26 @@ def test_gains_train(gains, tokens):
     optimizer.step()
     assert layer.gain.shape == (() if gains == "layer" else (layer.out_features,))
     assert layer.gain.abs().min() > 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])  # the first turns R, the second P
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_decorrelated_step_changes_nothing_that_the_other_side_asks_for(share, num_steps, tokens):
+    options = {"variant.decorrelation": share, "config.block_size": 16}
+    run = replace(START, method="poet-ortho", options=options, lr=0.0, matrix_lr=1e-4)
+    model, (optimizer,) = build(run, tokens)
+    layer = targeted_layers(model)[0]
+    for _ in range(num_steps):
+        before = layer.base_layer.weight.clone()
+        model(input_ids=tokens.train[:4], labels=tokens.train[:4]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    idle = layer.rotations("default")[num_steps % 2]
+    ((triangles, size),) = idle.partition.split(optimizer.state[idle.weight]["momentum_buffer"])
+    asked = before.clone()
+    rotate_in_place(asked, idle.side, idle.index, [skew(triangles, size)])
+    cosine = torch.cosine_similarity((layer.base_layer.weight - before).flatten(), (asked - before).flatten(), dim=0)
+    assert (cosine.abs() < 1e-3) == (share == 1)
 
 
 @pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])

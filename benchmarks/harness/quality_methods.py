@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
 
 from .llama import PRESETS, llama, targeted_layers
-from .poet_variants import add_gains, change_spectra
+from .poet_variants import DecorrelatedMuon, add_gains, change_spectra
 
 
 # Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
@@ -105,7 +105,10 @@ def poet_ortho(model, run):
         change_spectra(model, variant["spectra"])
     if "gains" in variant:
         groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
-    return model, [RotationMuon(groups, betas=run.betas, **options(run, "optimizer"))]
+    settings = {"betas": run.betas, **options(run, "optimizer")}
+    if "decorrelation" in variant:
+        return model, [DecorrelatedMuon(groups, model, variant["decorrelation"], **settings)]
+    return model, [RotationMuon(groups, **settings)]
 
 
 def poet_ortho_adamw(model, run):
