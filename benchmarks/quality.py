@@ -54,8 +54,12 @@ CHOICES = [
 MODEL_INIT = Choice(({"base_init": "usual"}, {"base_init": "normalized"}))
 
 
+def with_options(options):
+    return {"options": lambda run: {**run.options, **options}}
+
+
 def with_option(name, value):
-    return {"options": lambda run: {**run.options, name: value}}
+    return with_options({name: value})
 
 
 def without_option(name):
@@ -75,22 +79,22 @@ COORDINATES = {
 }
 # Each part of the recipe left out or changed, and what might improve it, at the best settings of it.
 PARTS = {
-    "blocks of 128": {"options": {"config.block_size": 128}},
-    "3 Newton-Schulz steps": {"options": {"optimizer.num_newton_schulz_steps": 3}},
-    "blocks of 128, 3 Newton-Schulz steps": {
-        "options": {"config.block_size": 128, "optimizer.num_newton_schulz_steps": 3}
-    },
+    "blocks of 128": with_option("config.block_size", 128),
+    "3 Newton-Schulz steps": with_option("optimizer.num_newton_schulz_steps", 3),
+    "blocks of 128, 3 Newton-Schulz steps": with_options(
+        {"config.block_size": 128, "optimizer.num_newton_schulz_steps": 3}
+    ),
     "the angle by the learning rate": {"matrix_lr": None},
-    "both sides at once": {"options": {"optimizer.alternate": False}},
-    "without look-ahead": {"options": {"optimizer.nesterov": False}},
+    "both sides at once": with_option("optimizer.alternate", False),
+    "without look-ahead": with_option("optimizer.nesterov", False),
     "AdamW for the rotations": {"method": "poet-ortho-adamw"},
-    "blocks of 64": {"options": {"config.block_size": 64}},
-    "one block a side": {"options": {"config.block_size": 1024}},
+    "blocks of 64": with_option("config.block_size", 64),
+    "one block a side": with_option("config.block_size", 1024),
     "initial weights of one size": without_option("config.base_init_scale_pattern"),
-    "sides decorrelated by 0.25": {"options": {"variant.decorrelation": 0.25}},
-    "a gain for each output": {"options": {"variant.gains": "output"}},
-    "a gain for each layer": {"options": {"variant.gains": "layer"}},
-    **{f"initial weights {name}": {"options": {"variant.spectra": name}} for name in SPECTRA},
+    "sides decorrelated by 0.25": with_option("variant.decorrelation", 0.25),
+    "a gain for each output": with_option("variant.gains", "output"),
+    "a gain for each layer": with_option("variant.gains", "layer"),
+    **{f"initial weights {name}": with_option("variant.spectra", name) for name in SPECTRA},
 }
 SEEDS = (42, 43, 44)
 FINAL_STEPS = 1600
@@ -118,8 +122,7 @@ def tuned(method, changes):
 
 
 def changed(run, part):
-    changes = part.get("options", {})
-    options = changes(run) if callable(changes) else {**run.options, **changes}
+    options = part["options"](run) if "options" in part else run.options
     if part.get("method"):
         options = {key: value for key, value in options.items() if not key.startswith("optimizer.")}
     return replace(run, **{**part, "options": options})

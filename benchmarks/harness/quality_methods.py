@@ -4,6 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
+from poet_peft.weights.initial import scale_of
 
 from .llama import PRESETS, llama, targeted_layers
 from .poet_variants import DecorrelatedMuon, add_gains, change_spectra
@@ -31,11 +32,11 @@ def draw_initial_weights(model, run):
     if run.base_init != "usual":
         initialize_base_weights(model, run.base_init, seed=run.seed, **scales)
         return
-    config = POETConfig(base_init="standard", **{f"base_init_{name}": value for name, value in scales.items()})
+    scale, pattern = scales.get("scale", 1.0), scales.get("scale_pattern", {})
     names = {layer: name for name, layer in model.named_modules()}
     with torch.no_grad():
         for layer in targeted_layers(model):
-            layer.weight.mul_(config.base_init_scale_of(names[layer]))
+            layer.weight.mul_(scale_of(names[layer], scale, pattern))
 
 
 def is_poet(method):
