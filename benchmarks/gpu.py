@@ -11,12 +11,12 @@
   that of the fastest (`regret`).
 - `layers`: forward and backward of a linear layer trained in full, frozen, rotated by POET, with PEFT's LoRA and OFT,
   as `layer.py --device cuda --dtype bfloat16` measures and writes them.
+- `steps`: time and memory of whole training steps of a Llama as `model.py` measures them, folds after every step too.
 
 To use the costs: `poet_peft.ops.paths.COSTS["cuda"] = PathCosts(**json.load(open("results.json"))["costs"])`.
 """
 
 import argparse
-import copy
 import json
 import math
 import statistics
@@ -26,19 +26,15 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from peft import get_peft_model
 
 from benchmarks import layer
 from benchmarks.harness import flags
-from benchmarks.harness.methods import autocast, build_layer, trainable
+from benchmarks.harness.layer_check import PATHS, check_layers, randn
+from benchmarks.harness.llama import PRESETS, LlamaContender
+from benchmarks.harness.methods import autocast, build_layer
 from benchmarks.harness.results import start
-from benchmarks.harness.timing import Clock, interleave, quartiles
-from poet_peft import POETConfig
-from poet_peft.ops import paths, reference
-
-
-LAYER_TOLERANCE = {"float32": 5e-6, "bfloat16": 2e-2}
-TIMED_PATHS = "input_centric", "weight_centric", "tangent"
+from benchmarks.harness.timing import Clock, interleave, quartiles, summarize
+from poet_peft.ops import paths
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,11 @@ class Sizes:
     layer_seconds: float  # of rounds, for all methods on one shape
     pieces: list[tuple[int, int, int]]  # (N, dim, block size)
     choices: list[tuple[int, int, int, int]]  # (N, in_features, out_features, block size)
+    model: str  # a key of PRESETS
+    vocab_size: int
+    batch_size: int
+    seq_length: int
+    model_methods: list[str]
     rounds: int
 
 
@@ -69,6 +70,11 @@ FULL = Sizes(
         for shape in ((512, 512), (1024, 2816), (4096, 4096))
         for b in (32, 64, 256)
     ],
+    model="130m",
+    vocab_size=32000,
+    batch_size=32,
+    seq_length=256,
+    model_methods=flags.names("full,poet-256,poet-ortho-128,poet-ortho-256"),
     rounds=30,
 )
 QUICK = Sizes(
@@ -78,66 +84,13 @@ QUICK = Sizes(
     layer_seconds=0.0,
     pieces=[(64, 48, 8), (64, 96, 16)],
     choices=[(64, 48, 32, 8)],
+    model="tiny",
+    vocab_size=64,
+    batch_size=2,
+    seq_length=8,
+    model_methods=flags.names("full,poet-16,poet-ortho-16"),
     rounds=2,
 )
-
-
-# Correctness
-
-
-def check_layers(device):
-    """POET layers by every path against the reference in float64: output, gradients by input and rotations."""
-    rows = []
-    for dtype, settings, num_tokens, path in (
-        (dtype, settings, num_tokens, path)
-        for dtype in ("float32", "bfloat16")
-        for settings in (
-            {"block_size": 16},
-            {"block_size": 16, "memory_efficient": True},
-            {"block_size": 0.5, "variant": "fully_stochastic"},
-        )
-        for num_tokens in (5, 300)
-        for path in TIMED_PATHS
-    ):
-        rotated = poet_layer(72, 56, device, getattr(torch, dtype), settings)
-        exact = copy.deepcopy(rotated).double()
-        x, grad = (randn(num_tokens, size, device=device, dtype=getattr(torch, dtype)) for size in (72, 56))
-        with paths.compute_path(path):
-            actual = outputs_and_gradients(rotated, rotated, x, grad)
-        expected = outputs_and_gradients(exact, by_reference(exact), x.double(), grad.double())
-        error = max(map(relative_error, actual, expected))
-        case = f"N={num_tokens} {settings} {dtype}"
-        rows.append({"path": path, "case": case, "error": error, "ok": error < LAYER_TOLERANCE[dtype]})
-    return rows
-
-
-def poet_layer(in_features, out_features, device, dtype, settings):
-    """A linear layer with rotations that are not the identity."""
-    model = torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype))
-    return get_peft_model(model, POETConfig(target_modules=["0"], init_weights=False, **settings)).base_model.model[0]
-
-
-def by_reference(rotated):
-    def forward(x):
-        R, P = ([(side["default"].index, side["default"]().deltas())] for side in (rotated.poet_R, rotated.poet_P))
-        return reference.poet_linear(x, rotated.base_layer.weight, rotated.base_layer.bias, R, P)
-
-    return forward
-
-
-def outputs_and_gradients(rotated, forward, x, grad):
-    x = x.detach().requires_grad_()
-    y = forward(x)
-    return y, *torch.autograd.grad(y, [x, *trainable(rotated)], grad)
-
-
-def relative_error(actual, expected):
-    difference = torch.linalg.vector_norm(actual.detach().double() - expected.detach().double())
-    return float(difference / torch.linalg.vector_norm(expected.detach().double()).clamp_min(1e-300))
-
-
-def randn(*shape, device, dtype, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 # Costs
@@ -215,9 +168,9 @@ def measure_choices(device, dtype, sizes, measured):
             with paths.compute_path(path), autocast(device, dtype):
                 return {"": Clock(device).time(lambda: rotated(x).backward(grad))}
 
-        tasks = {path: lambda path=path, step=step: step(path) for path in TIMED_PATHS}
+        tasks = {path: lambda path=path, step=step: step(path) for path in PATHS}
         rounds = interleave(tasks, seconds=1.0, min_rounds=min(5, sizes.rounds), max_rounds=sizes.rounds)
-        ms = {path: 1e3 * quartiles(r[path] for r in rounds)["median"] for path in TIMED_PATHS}
+        ms = {path: 1e3 * quartiles(r[path] for r in rounds)["median"] for path in PATHS}
         R, P = ([side["default"]()] for side in (rotated.poet_R, rotated.poet_P))
         chosen = paths.choose_path(x, rotated.base_layer.weight, R, P)
         shape = {"tokens": num_tokens, "in_features": in_features, "out_features": out_features, "block_size": b}
@@ -254,6 +207,34 @@ def measure_layers(device, dtype, sizes):
             )
         cells.append(cell)
     return cells
+
+
+# Steps
+
+
+def measure_steps(device, dtype, sizes):
+    """Whole steps of every method, in turn: memory, and seconds over those of training in full."""
+    settings = argparse.Namespace(
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        seed=0,
+        vocab_size=sizes.vocab_size,
+        batch_size=sizes.batch_size,
+        seq_length=sizes.seq_length,
+    )
+    contenders = {m: LlamaContender(m, PRESETS[sizes.model], True, settings) for m in sizes.model_methods}
+    memory = {m: contender.memory() | contender.describe() for m, contender in contenders.items()}
+    tasks = {m: lambda contender=contender: contender.run(1) for m, contender in contenders.items()}
+    rounds = interleave(tasks, seconds=60.0, min_rounds=min(5, sizes.rounds), max_rounds=sizes.rounds)
+    timings = summarize(rounds, baseline="full")
+    for m in contenders:
+        step = timings[f"{m} step"]
+        print(
+            f"{sizes.model} {m:16} {1e3 * step['seconds']['median']:9.2f} ms {step['ratio']['median']:7.2f} of full "
+            f"{memory[m]['peak'] / 1e6:9.1f} MB",
+            flush=True,
+        )
+    return {"memory": memory, "timings": timings}
 
 
 def environment(args):
@@ -304,6 +285,7 @@ def main():
     results["choices"] = measure_choices(args.device, dtype, sizes, results["costs"])
     print(f"largest regret {max(row['regret'] for row in results['choices']):.2f}", flush=True)
     results["layers"] = measure_layers(args.device, dtype, sizes)
+    results["steps"] = measure_steps(args.device, dtype, sizes)
     results["seconds"] = round(time.perf_counter() - begin, 1)
     with open(args.out, "w") as file:
         json.dump(results, file, indent=1)

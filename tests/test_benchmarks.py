@@ -276,11 +276,12 @@ def test_gpu_command_checks_every_path_and_measures_the_costs_of_choosing_one(fo
     process = forks.run("-m", "benchmarks.gpu", *flags)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {check["path"] for check in results["correctness"] if check["ok"]} == set(gpu.TIMED_PATHS)
+    assert {check["path"] for check in results["correctness"] if check["ok"]} == set(gpu.PATHS)
     assert all(check["ok"] for check in results["correctness"])
     assert paths.PathCosts(**results["costs"]).block_flop > 0
-    assert all(row["regret"] >= 1 and row["chosen"] in gpu.TIMED_PATHS for row in results["choices"])
+    assert all(row["regret"] >= 1 and row["chosen"] in gpu.PATHS for row in results["choices"])
     assert set(results["layers"][0]["timings"]) >= {"full", "frozen", "poet-8 first", "poet-8 later"}
+    assert set(results["steps"]["timings"]) >= {"full step", "poet-16 step", "poet-ortho-16 step"}
 
 
 def test_costs_are_those_of_a_device_whose_times_follow_the_model():
