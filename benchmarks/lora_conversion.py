@@ -29,7 +29,7 @@ def kept_shares(model, ranks):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     AdapterLosses.add_arguments(parser)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64, 256])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16, 64, 192])
     args = parser.parse_args()
 
     losses = AdapterLosses(args)
