@@ -10,6 +10,7 @@ from models import REGIMES, llama, poet_config, wrap
 from quantized import dequantized, for_every_library, quantized_llama
 
 from poet_peft import diagnostics as d
+from poet_peft.diagnostics_file import read_diagnostics
 from poet_peft.layer import poet_layers
 from poet_peft.maths import measures
 from poet_peft.maths.orthogonal import cayley
@@ -95,12 +96,14 @@ def test_an_unknown_adapter_is_named():
         d.diagnose(wrap(llama(num_hidden_layers=1), "periodic"), "other")
 
 
-def test_a_line_cut_off_is_left_out(tmp_path):
-    path = tmp_path / "poet_diagnostics.jsonl"
-    d.log_diagnostics(wrap(llama(num_hidden_layers=1), "periodic"), path, step=3)
+def test_a_line_cut_off_is_left_out_and_harms_no_other(tmp_path):
+    path = tmp_path / "own-run" / "poet_diagnostics.jsonl"
+    model = wrap(llama(num_hidden_layers=1), "periodic")
+    d.log_diagnostics(model, path, step=3)
     with path.open("a") as file:
         file.write('{"step": 4, "lay')
-    assert [line["step"] for line in d.read_diagnostics(path)] == [3]
+    d.log_diagnostics(model, path, step=5)
+    assert [line["step"] for line in read_diagnostics(path)] == [3, 5]
 
 
 def test_rms_angle_of_known_planes_in_blocks_of_two_sizes():
