@@ -40,18 +40,18 @@ _QUANTILES = 0.0, 0.25, 0.5, 0.75, 1.0
 
 
 def update_counts(layer: POETLayer, adapter: str) -> Tensor:
-    """How many of the index sets drawn so far, the current one included, rotate an entry's row or column (out, in).
+    """How often the index sets drawn so far, the current one included, turned each entry of a weight (out, in).
 
-    How evenly weights are updated, as POET, arXiv 2506.08001, counts it. The same for all entries with
-    block-stochastic rotations, which turn all features.
+    Once by the rotation of its row and once by that of its column, as POET, arXiv 2506.08001, appendix H, counts it to
+    see how evenly weights are updated. The same for all entries with block-stochastic rotations, which turn all
+    features.
     """
     state = layer.state(adapter)
     counts = torch.zeros(layer.out_features, layer.in_features, dtype=torch.int32)
     for number in range(state.num_reinits + 1):
-        is_still = {"R": torch.ones(layer.out_features), "P": torch.ones(layer.in_features)}
         for rotation in layer.rotations(adapter):
-            is_still[rotation.side][rotation.draw_index(state.seed, number).long()] = 0
-        counts += 1 - torch.outer(is_still["R"], is_still["P"]).int()
+            index = rotation.draw_index(state.seed, number).long().cpu()
+            counts[(index,) if rotation.side == "R" else (slice(None), index)] += 1
     return counts
 
 
