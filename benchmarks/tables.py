@@ -16,6 +16,7 @@ from benchmarks.report import (
     dial,
     families,
     figures,
+    figures_plots,
     finetune,
     layer,
     merge_memory,
@@ -23,6 +24,8 @@ from benchmarks.report import (
     performance,
     plots,
     quality,
+    quality_plot,
+    quality_runs,
     requantization,
     scaling,
     series,
@@ -84,8 +87,11 @@ def pages(benchmarks):
 def plotted(benchmarks):
     """The result that each plot should show, by path."""
     folder = BENCHMARKS.parent / "docs" / "figures"
-    of_training = {folder / name: result for name, result in figures.shown().items()}
-    of_quality = {folder / quality.plot_name(*key): quality.shown(results) for key, results in quality.read().items()}
+    of_training = {folder / name: result for name, result in figures_plots.shown().items()}
+    of_quality = {
+        folder / quality_plot.plot_name(*key): quality_plot.shown(results)
+        for key, results in quality_runs.read().items()
+    }
     return (
         of_training
         | of_quality

@@ -12,16 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .diagnostics import (
-    DIAGNOSTICS_FILE,
-    MAX_ANGLE,
-    MAX_ORTHOGONALITY_ERROR,
-    Diagnostics,
-    LayerDiagnostics,
-    append_diagnostics,
-    diagnose,
-    read_diagnostics,
-)
+from .diagnostics import MAX_ANGLE, MAX_ORTHOGONALITY_ERROR, Diagnostics, LayerDiagnostics, diagnose
+from .diagnostics_file import DIAGNOSTICS_FILE, append_diagnostics, read_diagnostics
 from .fold import MergeReport, check_can_fold, check_foldable
 from .layer import POETLayer, poet_layers
 from .pace import Pace, description, learning_rates, peak_memory, unwrapped

@@ -1,8 +1,7 @@
-"""What training did to the rotations and weights of a model: all measures, and the file that they are kept in."""
+"""What training did to the rotations and weights of a model: all measures, by layer and side."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .diagnostics_file import append_diagnostics, finite
 from .layer import POETLayer, poet_layers, rotate_weight
 from .maths.measures import (
     hyperspherical_energy,
@@ -25,13 +25,10 @@ from .maths.measures import (
     svd_entropy,
 )
 from .maths.spectrum import skew_norm
-from .pace import learning_rates, peak_memory
 from .probing import probe_cosine
 from .rotation import Rotation
 from .weights.sharded import full
 
-
-DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
 
 # The range of what is measured, beyond which `POETCallback` warns and the report finds fault.
 MAX_ANGLE = math.pi / 2
@@ -43,18 +40,18 @@ _QUANTILES = 0.0, 0.25, 0.5, 0.75, 1.0
 
 
 def update_counts(layer: POETLayer, adapter: str) -> Tensor:
-    """How many of the index sets drawn so far, the current one included, rotate an entry's row or column (out, in).
+    """How often the index sets drawn so far, the current one included, turned each entry of a weight (out, in).
 
-    How evenly weights are updated, as POET, arXiv 2506.08001, counts it. The same for all entries with
-    block-stochastic rotations, which turn all features.
+    Once by the rotation of its row and once by that of its column, as POET, arXiv 2506.08001, appendix H, counts it to
+    see how evenly weights are updated. The same for all entries with block-stochastic rotations, which turn all
+    features.
     """
     state = layer.state(adapter)
     counts = torch.zeros(layer.out_features, layer.in_features, dtype=torch.int32)
     for number in range(state.num_reinits + 1):
-        is_still = {"R": torch.ones(layer.out_features), "P": torch.ones(layer.in_features)}
         for rotation in layer.rotations(adapter):
-            is_still[rotation.side][rotation.draw_index(state.seed, number).long()] = 0
-        counts += 1 - torch.outer(is_still["R"], is_still["P"]).int()
+            index = rotation.draw_index(state.seed, number).long().cpu()
+            counts[(index,) if rotation.side == "R" else (slice(None), index)] += 1
     return counts
 
 
@@ -148,7 +145,7 @@ class Diagnostics:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite become None."""
-        return _finite({"summary": self.summary(), **asdict(self)})
+        return finite({"summary": self.summary(), **asdict(self)})
 
 
 @torch.no_grad()
@@ -200,42 +197,13 @@ def log_diagnostics(
     """Measure a model, see `diagnose`, and append one line of JSON to a file, in the main process only.
 
     Args:
-        numbers: to be kept in the same line, such as `loss=...` or `steps_per_second=...`. `poet-peft report` draws
-            those that it knows: see `append_diagnostics`.
+        numbers: to be kept in the same line. `poet-peft report` draws `loss`, `steps_per_second` and
+            `tokens_per_second`.
     """
     diagnostics = diagnose(model, exact=exact, optimizer=optimizer)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         append_diagnostics(diagnostics, path, step, optimizer, **numbers)
     return diagnostics
-
-
-def append_diagnostics(
-    diagnostics: Diagnostics,
-    path: str | Path,
-    step: int,
-    optimizer: torch.optim.Optimizer | None = None,
-    **numbers: Any,
-) -> None:
-    """Append one line of JSON to a file, made with its folder where missing.
-
-    Beside the measures it has the peak memory of this process in bytes, and the learning rates of the optimizer's
-    groups by their names. Of `numbers`, the report draws `loss`, `steps_per_second` and `tokens_per_second`.
-    """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    line = {"step": step, "peak_memory": peak_memory(), "learning_rates": learning_rates(optimizer), **numbers}
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(line) | diagnostics.as_dict()) + "\n")
-
-
-def read_diagnostics(path: str | Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of `log_diagnostics`; a line that a crash cut off is left out."""
-    lines = []
-    for line in Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def _diagnose_layer(
@@ -349,11 +317,3 @@ def _means(measured: list[Any], *names: str) -> dict[str, float]:
     """Of those measures that were taken of anything."""
     found = {name: [v for item in measured if (v := getattr(item, name)) is not None] for name in names}
     return {name: sum(values) / len(values) for name, values in found.items() if values}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

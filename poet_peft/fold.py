@@ -1,6 +1,6 @@
 """The fold: rotations are multiplied into the weights, `W <- R W P`, and begin anew from the identity.
 
-POET, arXiv 2506.08001, section 3.4. When a fold is due is the business of `schedule`.
+POET, arXiv 2506.08001, section 3.2. When a fold is due is the business of `schedule`.
 """
 
 from __future__ import annotations

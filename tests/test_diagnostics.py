@@ -10,6 +10,8 @@ from models import REGIMES, llama, poet_config, wrap
 from quantized import dequantized, for_every_library, quantized_llama
 
 from poet_peft import diagnostics as d
+from poet_peft import merge_and_reinitialize
+from poet_peft.diagnostics_file import read_diagnostics
 from poet_peft.layer import poet_layers
 from poet_peft.maths import measures
 from poet_peft.maths.orthogonal import cayley
@@ -95,12 +97,14 @@ def test_an_unknown_adapter_is_named():
         d.diagnose(wrap(llama(num_hidden_layers=1), "periodic"), "other")
 
 
-def test_a_line_cut_off_is_left_out(tmp_path):
-    path = tmp_path / "poet_diagnostics.jsonl"
-    d.log_diagnostics(wrap(llama(num_hidden_layers=1), "periodic"), path, step=3)
+def test_a_line_cut_off_is_left_out_and_harms_no_other(tmp_path):
+    path = tmp_path / "own-run" / "poet_diagnostics.jsonl"
+    model = wrap(llama(num_hidden_layers=1), "periodic")
+    d.log_diagnostics(model, path, step=3)
     with path.open("a") as file:
         file.write('{"step": 4, "lay')
-    assert [line["step"] for line in d.read_diagnostics(path)] == [3]
+    d.log_diagnostics(model, path, step=5)
+    assert [line["step"] for line in read_diagnostics(path)] == [3, 5]
 
 
 def test_rms_angle_of_known_planes_in_blocks_of_two_sizes():
@@ -141,15 +145,18 @@ def test_histogram_counts_every_plane_up_to_the_largest_angle():
     assert sum(side.angle_histogram) == 48 // 2 and side.angle_histogram[-1] >= 1
 
 
-def test_fully_stochastic_index_sets_cover_the_rows_and_columns_drawn():
-    model = wrap(llama(num_hidden_layers=1), "fully_stochastic")
+def test_coverage_is_of_the_rows_and_columns_of_all_index_sets_drawn():
+    model = wrap(llama(num_hidden_layers=1), "periodic", variant="fully_stochastic")
     layer = next(layer for _, layer in poet_layers(model))
-    counts = d.update_counts(layer, "default")
-    R, P = (layer.rotations("default")[i].index.long() for i in (0, 1))
-    expected = torch.zeros_like(counts)
-    expected[R] = 1
-    expected[:, P] = 1
-    assert torch.equal(counts, expected)
+    expected = torch.zeros(layer.out_features, layer.in_features, dtype=torch.int32)
+    for number in range(2):
+        if number:
+            merge_and_reinitialize(model)
+        R, P = (rotation.index.long() for rotation in layer.rotations("default"))
+        expected[R] += 1
+        expected[:, P] += 1
+    assert torch.equal(d.update_counts(layer, "default"), expected) and set(expected.unique().tolist()) > {0, 1, 2}
+    assert d.diagnose(model, exact=True).layers[0].coverage == pytest.approx(float((expected > 0).float().mean()))
 
 
 # Bases and states in which an adapter may be met

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_trainer import llama, trainer_of
 
 from poet_peft import POETCallback
-from poet_peft.diagnostics import read_diagnostics
+from poet_peft.diagnostics_file import read_diagnostics
 
 
 FILE = "poet_diagnostics.jsonl"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from workers import fsdp_run
 from workers.resume_run import NUM_STEPS, make_trainer, result_of
 
-from poet_peft.diagnostics import read_diagnostics
+from poet_peft.diagnostics_file import read_diagnostics
 
 
 pytestmark = [

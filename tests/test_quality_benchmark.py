@@ -18,6 +18,7 @@ from benchmarks.harness.quality_run import BATCH_SIZE, Run, batches, measure, sc
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
 from benchmarks.report import quality as report
+from benchmarks.report import quality_runs
 from poet_peft.maths.orthogonal import skew
 from poet_peft.quick_fold import rotate_in_place
 
@@ -279,25 +280,25 @@ def result(method="adamw", loss=1.0, losses=(0.9, 1.1), **changes):
 def test_difference_is_that_of_the_same_sequences():
     """The sequences' own differences cancel: only what the method changes is left."""
     runs, baseline = [result(losses=(1.0, 5.0, 9.0))], [result(losses=(1.5, 5.5, 9.5))]
-    assert report.difference(runs, baseline) == (pytest.approx(-0.5), pytest.approx(0.0))
+    assert quality_runs.difference(runs, baseline) == (pytest.approx(-0.5), pytest.approx(0.0))
 
 
 def test_error_of_a_difference_has_the_part_of_the_seeds():
     runs = [result(seed=seed, losses=[seed, seed]) for seed in (1, 2, 3)]
     baseline = [result(seed=seed, losses=[0.0, 0.0]) for seed in (1, 2, 3)]
-    mean, error = report.difference(runs, baseline)
+    mean, error = quality_runs.difference(runs, baseline)
     assert (mean, error) == (pytest.approx(2.0), pytest.approx(1 / 3**0.5))
 
 
 def test_runs_of_different_seeds_have_no_difference():
-    assert report.difference([result(seed=1)], [result(seed=2)]) is None
+    assert quality_runs.difference([result(seed=1)], [result(seed=2)]) is None
 
 
 def test_rate_is_bracketed_by_worse_ones_on_both_sides():
     runs = [result(loss=1.0)]
     runs += [result(loss=2.0, **{field: value}) for field, value in [("lr", 5e-3), ("lr", 2e-2), ("matrix_lr", 5e-4)]]
-    assert not report.is_bracketed(runs)
-    assert report.is_bracketed([*runs, result(loss=2.0, matrix_lr=2e-3)])
+    assert not quality_runs.is_bracketed(runs)
+    assert quality_runs.is_bracketed([*runs, result(loss=2.0, matrix_lr=2e-3)])
 
 
 @pytest.mark.parametrize(
@@ -306,12 +307,12 @@ def test_rate_is_bracketed_by_worse_ones_on_both_sides():
 )
 def test_range_of_rates_near_the_best_says_where_it_goes_on(losses, text):
     runs = [result(loss=loss, matrix_lr=rate) for loss, rate in zip(losses, (5e-4, 1e-3, 2e-3), strict=True)]
-    assert report.range_text(sorted(runs, key=report.loss_of), "matrix_lr") == text
+    assert report.range_text(sorted(runs, key=quality_runs.loss_of), "matrix_lr") == text
 
 
 def test_final_runs_are_those_of_the_longest_with_equal_settings():
     runs = [result(steps=400), *(result(steps=1600, seed=seed) for seed in (42, 43))]
-    assert [run["run"]["seed"] for run in report.final_runs(runs)["adamw"]] == [42, 43]
+    assert [run["run"]["seed"] for run in quality_runs.final_runs(runs)["adamw"]] == [42, 43]
 
 
 def test_pattern_fits_into_a_cell_of_a_table():
@@ -322,12 +323,12 @@ def test_pattern_fits_into_a_cell_of_a_table():
 
 def test_variants_are_no_runs_of_the_search():
     runs = [result("poet-ortho"), result("poet-ortho", loss=0.5, options={"variant.gains": "layer"})]
-    assert [run["loss"] for run in report.tuning_runs(runs)["poet-ortho"]] == [1.0]
+    assert [run["loss"] for run in quality_runs.tuning_runs(runs)["poet-ortho"]] == [1.0]
     assert "| gains | layer | 0.500 |" in report.parts_table(runs)
 
 
 def test_results_of_one_length_have_no_final_runs():
-    assert report.final_runs([result(), result(seed=43)]) == {}
+    assert quality_runs.final_runs([result(), result(seed=43)]) == {}
 
 
 def test_kept_results_are_runs_of_the_names_of_their_files():

@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks.harness.fits import power_law, upper_half
 
-from . import figures, layer, model, quality
+from . import figures_plots, layer, model, quality_plot
 from .text import method_name
 
 
@@ -37,8 +37,8 @@ def draw(result, path):
         "layer": draw_layer,
         "model": draw_model,
         "scaling": draw_scaling,
-        "quality": quality.draw,
-        "figures": figures.draw,
+        "quality": quality_plot.draw,
+        "figures": figures_plots.draw,
     }
     figure = drawn_by[result["command"]](result)
     figure.savefig(path, dpi=110, metadata={"Description": digest(result)})

@@ -1,125 +1,33 @@
-"""Runs of benchmarks/quality.py: docs/pretraining-results.md and its plots."""
+"""The pretraining comparison: README.md's table and docs/pretraining-results.md, see `benchmarks/quality.py`."""
 
-import json
-import math
 import statistics
-from pathlib import Path
 
+from .quality_names import name_of
+from .quality_plot import plot_name
+from .quality_runs import (
+    VARIANT,
+    difference,
+    final_runs,
+    is_bracketed,
+    loss_of,
+    mean_loss,
+    near_best,
+    read,
+    short_runs,
+    steps_of,
+    tuning_runs,
+)
 from .text import table
 
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality"
-NAMES = {
-    "frozen": "linear layers frozen",
-    "adamw": "AdamW",
-    "muon": "Muon",
-    "lora": "LoRA from scratch",
-    "poet-paper": "POET, the paper's recipe",
-    "poet-ortho": 'POET, recipe "ortho"',
-    "poet-ortho-adamw": 'POET, recipe "ortho" with AdamW',
-}
-COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "poet-paper", "poet-ortho", "frozen"])}
+BASELINE = "adamw"
 INITIAL_WEIGHTS = {"usual": "the model's own", "normalized": "rows of norm 1", "mup": "spectral norm as mup has it"}
 DATA = {"stdlib": "the source of the Python standard library", "gsm8k": "GSM8K"}
-BASELINE = "adamw"
-VARIANT = "-variant"  # ends the family of what the package does not have
-NEAR = 1.02  # times the best loss
-
-
-def read():
-    """All results by (size, data), in the order of the pages."""
-    found = {}
-    for path in sorted(RESULTS.glob("*/*/*.json")):
-        found.setdefault((path.parts[-3], path.parts[-2]), []).append(json.loads(path.read_text("utf-8")))
-    return dict(sorted(found.items(), key=lambda item: (int(item[0][0].removesuffix("m")), item[0][1])))
-
-
-def name_of(family):
-    return NAMES.get(family, family)
-
-
-def loss_of(result):
-    return math.inf if result["loss"] is None else result["loss"]
-
-
-def steps_of(results):
-    return sorted({result["run"]["steps"] for result in results})
-
-
-def short_runs(results):
-    """Those of the fewest steps, of one seed."""
-    shortest = steps_of(results)[0]
-    return [result for result in results if result["run"]["steps"] == shortest and result["run"]["seed"] == 42]
-
-
-def tuning_runs(results):
-    """The results that chose the settings, by family, best first: one seed, the shortest runs."""
-    families = {}
-    for result in short_runs(results):
-        if not result["family"].endswith(VARIANT):
-            families.setdefault(result["family"], []).append(result)
-    families = {family: sorted(runs, key=loss_of) for family, runs in families.items()}
-    return dict(sorted(families.items(), key=lambda item: loss_of(item[1][0])))
-
-
-def final_runs(results):
-    """The results of the longest runs with equal settings, by family, best first; one a seed."""
-    if len(steps_of(results)) == 1:
-        return {}
-    longest = steps_of(results)[-1]
-    settings = {}
-    for result in results:
-        if result["run"]["steps"] == longest:
-            key = json.dumps({k: v for k, v in result["run"].items() if k != "seed"}, sort_keys=True)
-            settings.setdefault((result["family"], key), []).append(result)
-    best = {}
-    for (family, _), runs in settings.items():
-        if family not in best or mean_loss(runs) < mean_loss(best[family]):
-            best[family] = sorted(runs, key=lambda result: result["run"]["seed"])
-    return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
-
-
-def mean_loss(runs):
-    return statistics.mean(loss_of(run) for run in runs)
-
-
-def difference(runs, baseline):
-    """Mean and standard error of the loss over the baseline's, from the same sequences of the same seeds.
-
-    The error has both parts: what the choice of held-out sequences and what the choice of seeds would change. None
-    where no seed is common or one diverged.
-    """
-    by_seed = {run["run"]["seed"]: run for run in baseline}
-    pairs = [(run, by_seed[run["run"]["seed"]]) for run in runs if run["run"]["seed"] in by_seed]
-    if not pairs or any(loss_of(run) == math.inf for pair in pairs for run in pair):
-        return None
-    rows = [[a - b for a, b in zip(run["losses"], other["losses"], strict=True)] for run, other in pairs]
-    by_sequence = [statistics.mean(column) for column in zip(*rows, strict=True)]
-    variance = statistics.variance(by_sequence) / len(by_sequence)
-    if len(rows) > 1:
-        variance += statistics.variance([statistics.mean(row) for row in rows]) / len(rows)
-    return statistics.mean(by_sequence), variance**0.5
 
 
 def difference_text(runs, baseline):
     found = difference(runs, baseline)
     return "" if found is None or runs is baseline else f"{found[0]:+.3f} ± {found[1]:.3f}"
-
-
-def along(runs, field):
-    """The runs that have this rate, and all else as the best run has it."""
-
-    def others(run):
-        return {key: value for key, value in run["run"].items() if key != field}
-
-    return [run for run in runs if run["run"][field] is not None and others(run) == others(runs[0])]
-
-
-def near_best(runs, field):
-    """The values of a rate, all else as in the best run, whose loss is within `NEAR` of the best; and all tried."""
-    tried = {run["run"][field]: loss_of(run) for run in along(runs, field)}
-    near = [rate for rate, loss in sorted(tried.items()) if loss <= NEAR * loss_of(runs[0])]
-    return near, sorted(tried)
 
 
 def range_text(runs, field):
@@ -129,18 +37,6 @@ def range_text(runs, field):
     near, tried = near_best(runs, field)
     before, after = "≤ " * (near[0] == tried[0]), " ≤" * (near[-1] == tried[-1])
     return f"{before}{near[0]:g}{after}" if len(near) == 1 else f"{before}{near[0]:g} – {near[-1]:g}{after}"
-
-
-def is_bracketed(runs):
-    """Whether both rates of the best run have a worse one on both sides, all else equal."""
-    for field in ("matrix_lr", "lr"):
-        rate = runs[0]["run"][field]
-        if rate is None:
-            continue
-        _, tried = near_best(runs, field)
-        if rate in (tried[0], tried[-1]):
-            return False
-    return True
 
 
 def settings_text(run):
@@ -342,50 +238,3 @@ benchmark alone; the package has no such option.
 {parts}
 """
     return text
-
-
-# Plots
-
-
-def plot_name(size, data):
-    return f"quality_{size}_{data}.png"
-
-
-def shown(results):
-    """What the plot shows, as a result for `plots`: curves of all seeds, and losses over rates, by family."""
-    families = final_runs(results)
-    families = families or {family: runs[:1] for family, runs in tuning_runs(results).items()}
-    curves = {family: [run["held_out_curve"] for run in runs] for family, runs in families.items()}
-    rates = {}
-    for family, runs in tuning_runs(results).items():
-        field = "lr" if runs[0]["run"]["matrix_lr"] is None else "matrix_lr"
-        rates[family] = sorted([r["run"][field], r["loss"]] for r in along(runs, field) if r["loss"] is not None)
-    return {"command": "quality", "cells": {"curves": curves, "rates": rates}}
-
-
-def draw(result):
-    """The figure of what `shown` gives."""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for family, curves in result["cells"]["curves"].items():
-        for number, curve in enumerate(curves):
-            label = name_of(family) if number == 0 else None
-            left.plot(*zip(*curve, strict=True), color=COLORS.get(family, "0.5"), linewidth=1.4, label=label)
-    left.set_xlabel("steps")
-    left.set_ylabel("held-out loss, first 64 sequences")
-    lowest = min(curve[-1][1] for curves in result["cells"]["curves"].values() for curve in curves)
-    left.set_ylim(lowest - 0.1, lowest + 1.6)
-    left.legend(fontsize=8)
-    for family, points in result["cells"]["rates"].items():
-        best = min(loss for _, loss in points)
-        at = next(rate for rate, loss in points if loss == best)
-        x, y = zip(*[(rate / at, loss) for rate, loss in points], strict=True)
-        right.plot(x, y, marker="o", markersize=4, color=COLORS.get(family, "0.5"), label=name_of(family))
-    right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    right.set_xlabel("learning rate of the linear layers over the best one")
-    right.set_ylabel("held-out loss, short runs")
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
-    return figure

@@ -59,7 +59,7 @@ def cayley_neumann(Q: Tensor, num_terms: int = 3) -> Tensor:
     """The Cayley map with its inverse cut to a Neumann series: `(I + Q) (I + Q + ... + Q^k)`, `k = num_terms`.
 
     Not exactly orthogonal: `G = (I - Q^(k+1)) cayley(Q)`, so for `theta < 1` the singular values of `G` lie within
-    `theta^(k+1)` of 1. For odd `k` the orthogonal matrix next to `G` is `cayley(Q)`. POET, arXiv 2506.08001, sec. 3.3.
+    `theta^(k+1)` of 1. For odd `k` the orthogonal matrix next to `G` is `cayley(Q)`. POET, arXiv 2506.08001, sec. 3.2.
 
     Args:
         Q: skew-symmetric, shape (..., n, n).
@@ -280,7 +280,7 @@ class Cayley:
 
 @dataclass(frozen=True)
 class CayleyNeumann:
-    """The Cayley map by its Neumann series, `G_k = (I + Q)(I + Q + ... + Q^k)`; POET, arXiv 2506.08001, section 3.3.
+    """The Cayley map by its Neumann series, `G_k = (I + Q)(I + Q + ... + Q^k)`; POET, arXiv 2506.08001, section 3.2.
 
     Args:
         num_terms: `k`.

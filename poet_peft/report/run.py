@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..diagnostics import DIAGNOSTICS_FILE, read_diagnostics
+from ..diagnostics_file import DIAGNOSTICS_FILE, read_diagnostics
 from ..files.json_object import read_json_object
 
 

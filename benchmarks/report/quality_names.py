@@ -1,0 +1,16 @@
+"""What the methods of the pretraining comparison are called, and their colours in every picture."""
+
+NAMES = {
+    "frozen": "linear layers frozen",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "lora": "LoRA from scratch",
+    "poet-paper": "POET, the paper's recipe",
+    "poet-ortho": 'POET, recipe "ortho"',
+    "poet-ortho-adamw": 'POET, recipe "ortho" with AdamW',
+}
+COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "poet-paper", "poet-ortho", "frozen"])}
+
+
+def name_of(family):
+    return NAMES.get(family, family)

@@ -1,0 +1,110 @@
+"""Runs of benchmarks/quality.py: which results belong together, which is best, and how far apart they are."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+VARIANT = "-variant"  # ends the family of what the package does not have
+NEAR = 1.02  # times the best loss
+
+
+def read():
+    """All results by (size, data), in the order of the pages."""
+    found = {}
+    for path in sorted(RESULTS.glob("*/*/*.json")):
+        found.setdefault((path.parts[-3], path.parts[-2]), []).append(json.loads(path.read_text("utf-8")))
+    return dict(sorted(found.items(), key=lambda item: (int(item[0][0].removesuffix("m")), item[0][1])))
+
+
+def loss_of(result):
+    return math.inf if result["loss"] is None else result["loss"]
+
+
+def steps_of(results):
+    return sorted({result["run"]["steps"] for result in results})
+
+
+def short_runs(results):
+    """Those of the fewest steps, of one seed."""
+    shortest = steps_of(results)[0]
+    return [result for result in results if result["run"]["steps"] == shortest and result["run"]["seed"] == 42]
+
+
+def tuning_runs(results):
+    """The results that chose the settings, by family, best first: one seed, the shortest runs."""
+    families = {}
+    for result in short_runs(results):
+        if not result["family"].endswith(VARIANT):
+            families.setdefault(result["family"], []).append(result)
+    families = {family: sorted(runs, key=loss_of) for family, runs in families.items()}
+    return dict(sorted(families.items(), key=lambda item: loss_of(item[1][0])))
+
+
+def final_runs(results):
+    """The results of the longest runs with equal settings, by family, best first; one a seed."""
+    if len(steps_of(results)) == 1:
+        return {}
+    longest = steps_of(results)[-1]
+    settings = {}
+    for result in results:
+        if result["run"]["steps"] == longest:
+            key = json.dumps({k: v for k, v in result["run"].items() if k != "seed"}, sort_keys=True)
+            settings.setdefault((result["family"], key), []).append(result)
+    best = {}
+    for (family, _), runs in settings.items():
+        if family not in best or mean_loss(runs) < mean_loss(best[family]):
+            best[family] = sorted(runs, key=lambda result: result["run"]["seed"])
+    return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
+
+
+def mean_loss(runs):
+    return statistics.mean(loss_of(run) for run in runs)
+
+
+def difference(runs, baseline):
+    """Mean and standard error of the loss over the baseline's, from the same sequences of the same seeds.
+
+    The error has both parts: what the choice of held-out sequences and what the choice of seeds would change. None
+    where no seed is common or one diverged.
+    """
+    by_seed = {run["run"]["seed"]: run for run in baseline}
+    pairs = [(run, by_seed[run["run"]["seed"]]) for run in runs if run["run"]["seed"] in by_seed]
+    if not pairs or any(loss_of(run) == math.inf for pair in pairs for run in pair):
+        return None
+    rows = [[a - b for a, b in zip(run["losses"], other["losses"], strict=True)] for run, other in pairs]
+    by_sequence = [statistics.mean(column) for column in zip(*rows, strict=True)]
+    variance = statistics.variance(by_sequence) / len(by_sequence)
+    if len(rows) > 1:
+        variance += statistics.variance([statistics.mean(row) for row in rows]) / len(rows)
+    return statistics.mean(by_sequence), variance**0.5
+
+
+def along(runs, field):
+    """The runs that have this rate, and all else as the best run has it."""
+
+    def others(run):
+        return {key: value for key, value in run["run"].items() if key != field}
+
+    return [run for run in runs if run["run"][field] is not None and others(run) == others(runs[0])]
+
+
+def near_best(runs, field):
+    """The values of a rate, all else as in the best run, whose loss is within `NEAR` of the best; and all tried."""
+    tried = {run["run"][field]: loss_of(run) for run in along(runs, field)}
+    near = [rate for rate, loss in sorted(tried.items()) if loss <= NEAR * loss_of(runs[0])]
+    return near, sorted(tried)
+
+
+def is_bracketed(runs):
+    """Whether both rates of the best run have a worse one on both sides, all else equal."""
+    for field in ("matrix_lr", "lr"):
+        rate = runs[0]["run"][field]
+        if rate is None:
+            continue
+        _, tried = near_best(runs, field)
+        if rate in (tried[0], tried[-1]):
+            return False
+    return True
