@@ -23,6 +23,8 @@ import poet_peft
 
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+# The best found for this model, see docs/pretraining.md; another model has the paper's rows of norm 1.
+INITIAL_SIZES = {"base_init_scale": 0.35, "base_init_scale_pattern": {"q_proj|k_proj": 3.0, "down_proj": 0.5}}
 
 
 @dataclass
@@ -36,13 +38,14 @@ class ExampleArguments:
     max_eval_sequences: int = 256
     block_size: int = 256
     merge_interval: int = HfArg(default=1, help="steps between folds; above 1 into new blocks, and AdamW trains them")
-    angle: float = HfArg(default=0.02, help="radians by which a step turns the rotations")
+    angle: float = HfArg(default=0.04, help="radians by which a step turns the rotations")
+    momentum: float = HfArg(default=0.9, help="of the rotations' gradients, with folds after every step")
 
 
 def main():
     parser = transformers.HfArgumentParser((ExampleArguments, TrainingArguments))
-    parser.set_defaults(output_dir="pretrain-output", max_steps=400, per_device_train_batch_size=4, learning_rate=4e-2)
-    parser.set_defaults(weight_decay=0.1, adam_beta2=0.95, lr_scheduler_type="cosine_with_min_lr")
+    parser.set_defaults(output_dir="pretrain-output", max_steps=400, per_device_train_batch_size=4, learning_rate=2e-2)
+    parser.set_defaults(weight_decay=0.01, adam_beta2=0.999, lr_scheduler_type="cosine_with_min_lr")
     parser.set_defaults(lr_scheduler_kwargs={"min_lr_rate": 0.01}, eval_strategy="steps", eval_steps=100)
     parser.set_defaults(logging_steps=10, save_strategy="no", report_to="none", hub_strategy="end")
     parser.set_defaults(include_num_input_tokens_seen=True, dataloader_pin_memory=torch.accelerator.is_available())
@@ -52,8 +55,10 @@ def main():
     if train_args.optim != parser.get_default("optim"):
         raise SystemExit(f"pretrain.py: --optim {train_args.optim.value}: this trains with RotationMuon")
     try:
-        folds = {} if args.merge_interval == 1 else {"merge_interval": args.merge_interval}
-        config = poet_peft.POETConfig.for_pretraining(block_size=args.block_size, seed=train_args.seed, **folds)
+        chosen = {} if args.model_config else dict(INITIAL_SIZES)
+        if args.merge_interval != 1:
+            chosen["merge_interval"] = args.merge_interval
+        config = poet_peft.POETConfig.for_pretraining(block_size=args.block_size, seed=train_args.seed, **chosen)
         shape = AutoConfig.from_pretrained(args.model_config) if args.model_config else LlamaConfig(**LLAMA)
     except (OSError, ValueError) as error:
         raise SystemExit(f"pretrain.py: {error}") from None
@@ -73,6 +78,8 @@ def main():
     parameters["trained"] = model.num_parameters(only_trainable=True)
     settings = {"lr": train_args.learning_rate, "angle": args.angle, "weight_decay": train_args.weight_decay}
     settings |= {"betas": (train_args.adam_beta1, train_args.adam_beta2), "eps": train_args.adam_epsilon}
+    if config.folds_every_step:
+        settings["momentum"] = args.momentum
     trainer = Trainer(
         model=model,
         args=train_args,
