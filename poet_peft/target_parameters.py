@@ -48,6 +48,9 @@ def _named_parameters(model: nn.Module) -> Iterator[_Named]:
 def check_target_parameters(model: nn.Module, config: POETConfig) -> list[str]:
     """Check all parameters that `target_parameters` names before the model is touched. Returns their names.
 
+    `target_parameters` is put into the order of the model's parameters, which is the one that wrappers are nested in:
+    a file says by it which of them rotates what.
+
     Raises:
         ValueError: a parameter cannot be rotated; names it, what is in the way, and the way out.
     """
@@ -55,19 +58,21 @@ def check_target_parameters(model: nn.Module, config: POETConfig) -> list[str]:
     if not targets:
         return []
     obstacles = _Obstacles(model, config)
-    names, found = [], set()
+    names: list[str] = []
+    found: dict[str, None] = {}
     for named in _named_parameters(model):
         matched = [target for target in targets if _matches(named.name, target)]
         names += [named.name] if matched else []
-        found.update(matched)
+        found.update(dict.fromkeys(matched))
         if matched and (obstacle := obstacles.of(named)):
             raise ValueError(obstacle.refusal(repr(named.name), "target_parameters"))
-    missing = sorted(set(targets) - found)
+    missing = sorted(set(targets) - found.keys())
     if missing:
         raise ValueError(
             f"target_parameters has names that match no parameter: {missing}. Name them as "
             "model.named_parameters() does, from the end: 'experts.gate_up_proj'."
         )
+    config.target_parameters = list(found)
     return names
 
 

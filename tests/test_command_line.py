@@ -7,10 +7,13 @@ import types
 
 import pytest
 import torch
+from cases import randomize
 from models import METRICS, gpt2, llama, logits, tokenizer, train, wrap
 from peft.helpers import rescale_adapter_scale
+from test_attention import Attending
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from poet_peft import merge_and_reinitialize
 from poet_peft.cli import Refused, app, difference, doctor, inspection, merging
 from poet_peft.errors import POETCheckpointError
 from poet_peft.layer import living_layers, poet_layers
@@ -167,19 +170,55 @@ def test_diff_without_another_is_against_the_identity(base):
     assert {(entry["layer"], entry["side"]): entry["largest"] for entry in found} == largest
 
 
-def test_diff_of_folded_adapters_compares_weights(tmp_path):
-    models = []
-    for name, num_steps in (("one", 3), ("other", 6)):
+def mixture(**sizes):
+    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **sizes}
+    return MixtralForCausalLM(
+        MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    )
+
+
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "names"),
+    [
+        (gpt2, {}, ["transformer.h.0.mlp.c_fc.weight"]),
+        (mixture, EXPERTS, [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]),
+        (Attending, {"target_modules": ["attention"]}, ["attention.in_proj_weight", "attention.out_proj.weight"]),
+    ],
+    ids=["convolution1d", "experts", "attention"],
+)
+def test_diff_of_folded_adapters_compares_weights(base, targets, names, tmp_path):
+    weights = []
+    for number, name in enumerate(["one", "other"]):
         torch.manual_seed(0)
-        model = wrap(gpt2(), "periodic")
-        train(model, num_steps)
+        model = wrap(base(), "periodic", **targets)
+        randomize(model, 0.2, seed=number)
+        merge_and_reinitialize(model)
+        randomize(model, 0.1, seed=number)
         model.save_pretrained(tmp_path / name)
-        models.append(model.merge_and_unload().transformer.h[0].mlp.c_fc.weight.detach())
-    expected = float((models[0] - models[1]).norm() / models[1].norm())
+        weights.append(dict(model.merge_and_unload().named_parameters()))
+    found = difference.diff(tmp_path / "one", tmp_path / "other")["layers"]
+    found = {entry["layer"]: entry["weight"] for entry in found}
+    for name in names:
+        one, other = (of[name].detach() for of in weights)
+        expected = float((one - other).norm() / other.norm())
+        assert found[name.removesuffix(".weight")] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", [EXPERTS["target_parameters"], EXPERTS["target_parameters"][::-1]])
+def test_inspect_names_the_parameters_of_experts(targets, tmp_path):
+    model = wrap(mixture(), **EXPERTS | {"target_parameters": targets})
+    model.save_pretrained(tmp_path)
     found = {
-        entry["layer"]: entry["weight"] for entry in difference.diff(tmp_path / "one", tmp_path / "other")["layers"]
+        (entry["layer"], entry["side"]): entry["num_parameters"] for entry in inspection.inspect(tmp_path)["layers"]
     }
-    assert found["transformer.h.0.mlp.c_fc"] == pytest.approx(expected, rel=1e-4)
+    assert found == {
+        (f"model.layers.0.mlp.experts.{layer.parameter_name}", rotation.side): rotation.weight.numel()
+        for _, layer in poet_layers(model)
+        for rotation in layer.rotations("default")
+    }
 
 
 def test_diff_refuses_a_folded_adapter_alone(base):
@@ -207,9 +246,7 @@ def test_merged_model_needs_nothing_of_this_package(base, regime):
 
 
 def test_experts_are_merged(tmp_path):
-    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    mixture = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
-    MixtralForCausalLM(mixture).save_pretrained(tmp_path / "base")
+    mixture().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     path, model = save(tmp_path / "base", "adapter", target_modules=[], target_parameters=["experts.gate_up_proj"])
     merging.merge(path, tmp_path / "merged")

@@ -22,9 +22,7 @@ from models import assert_same_state, logits, state, tokens
 from peft import PeftModel, get_peft_model
 
 from poet_peft import POETFoldError, fold, merge_and_reinitialize
-from poet_peft.cli.difference import diff
 from poet_peft.diagnostics import diagnose
-from poet_peft.errors import POETCheckpointError
 from poet_peft.experts import ParamWrapper
 from poet_peft.layer import poet_layers
 from poet_peft.ops import reference
@@ -151,12 +149,6 @@ def test_trained_adapter_is_saved_loaded_and_merged(name, regime, tmp_path):
     plain.save_pretrained(tmp_path / "merged")
     again = type(plain).from_pretrained(tmp_path / "merged", dtype=dtype)
     assert relative_error(logits(again), logits(model)) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
-def test_diff_of_folded_experts_is_refused_by_name(tmp_path):
-    trained("mixtral", "folds").save_pretrained(tmp_path)
-    with pytest.raises(POETCheckpointError, match=r"experts.* belongs to a stack of experts.*poet-peft merge"):
-        diff(tmp_path, tmp_path)
 
 
 @for_every_regime

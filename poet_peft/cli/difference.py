@@ -27,7 +27,7 @@ def diff(one: Path, other: Path | None = None) -> dict[str, Any]:
 
     Raises:
         POETCheckpointError: as `inspection.inspect`; or the adapters cannot be compared, or a changed base weight
-            cannot be read from the file alone: it is quantized, or stacks experts. With the way out.
+            cannot be read from the file alone, since it is quantized. With the way out.
     """
     first = open_adapter(one)
     second = None if other is None else open_adapter(other)
@@ -63,8 +63,8 @@ def diff(one: Path, other: Path | None = None) -> dict[str, Any]:
 def _against_identity(adapter: SavedAdapter, tensors: OpenFile) -> list[dict[str, Any]]:
     return [
         {"layer": layer, "side": side, **turn(adapter.side(tensors, layer, side))._asdict()}
-        for layer, sides in adapter.layers.items()
-        for side in sides
+        for layer, saved in adapter.layers.items()
+        for side in saved.sides
     ]
 
 
@@ -94,10 +94,11 @@ def _against(one: SavedAdapter, tensors: OpenFile, other: SavedAdapter, others: 
 
 
 def _sides(adapter: SavedAdapter, tensors: OpenFile, layer: str) -> dict[str, SavedSide]:
-    return {side: adapter.side(tensors, layer, side) for side in adapter.layers.get(layer, [])}
+    sides = adapter.layers[layer].sides if layer in adapter.layers else []
+    return {side: adapter.side(tensors, layer, side) for side in sides}
 
 
 def _weight(stored: Tensor, sides: dict[str, SavedSide]) -> Tensor:
-    """`R W P` of a weight (out, in)."""
+    """`R W P` of a weight (out, in), or of a stack of them."""
     R, P = ([(side.index, side.deltas)] if (side := sides.get(name)) else [] for name in ("R", "P"))
     return effective_weight(stored.double(), R, P)

@@ -69,7 +69,7 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
         about["problem"] = str(error)
     else:
         with open_tensors(adapter.file) as tensors:
-            state = adapter.state(tensors)
+            state = adapter.state
             layers = [
                 {
                     "layer": layer,
@@ -79,8 +79,8 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
                     "num_parameters": rotation.num_parameters,
                     **turn(rotation)._asdict(),
                 }
-                for layer, sides in adapter.layers.items()
-                for side in sides
+                for layer, saved in adapter.layers.items()
+                for side in saved.sides
                 for rotation in [adapter.side(tensors, layer, side)]
             ]
         about |= {

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +22,12 @@ from ..maths.blocks import BlockPartition, SideName
 from ..state import AdapterState
 from ..weights.layout import WeightLayout
 from ..weights.residual import join
+from .saved_layers import SavedLayer, prefixes_of, saved_layers
 
 
 METRICS_NAME = "metrics.json"
 _TENSOR_OF_ADAPTER = re.compile(r"\.poet_(R|P|state|residual)(\.|$)")
-_SIDE = re.compile(r"(?P<layer>.+)\.poet_(?P<side>[RP])\.(?P<tensor>weight|index)")
+_PARAMETERS = re.compile(r".+\.poet_[RP]\.weight")
 
 
 class SavedSide(NamedTuple):
@@ -52,35 +52,22 @@ class SavedAdapter:
         directory: that holds `adapter_config.json` and the adapter's weights.
         config: of the adapter.
         shapes: of the tensors in the file, by their keys.
+        layers: the rotated layers by their names, see `saved_layers`.
     """
 
     directory: Path
     config: POETConfig
     shapes: dict[str, tuple[int, ...]]
+    layers: dict[str, SavedLayer]
 
     @property
     def file(self) -> Path:
         """The file of the weights."""
         return _weights_file(self.directory)
 
-    @cached_property
-    def layers(self) -> dict[str, list[SideName]]:
-        """Names of the rotated layers in the base model, and their rotated sides."""
-        layers: dict[str, list[SideName]] = {}
-        for key in self.shapes:
-            match = _SIDE.fullmatch(key)
-            if match and match["tensor"] == "weight":
-                layers.setdefault(_name_in_base_model(match["layer"]), []).append(match["side"])
-        # The output side first, as in R W P.
-        return {name: sorted(layers[name], reverse=True) for name in sorted(layers, key=_by_number)}
-
     def num_parameters(self) -> int:
         """How many parameters the rotations have."""
-        return sum(
-            shape[0]
-            for key, shape in self.shapes.items()
-            if (match := _SIDE.fullmatch(key)) and match["tensor"] == "weight"
-        )
+        return sum(shape[0] for key, shape in self.shapes.items() if _PARAMETERS.fullmatch(key))
 
     def num_other_values(self) -> int:
         """How many further values the file holds that train: current base weights, heads, embeddings."""
@@ -88,45 +75,48 @@ class SavedAdapter:
             torch.Size(shape).numel() for key, shape in self.shapes.items() if not _TENSOR_OF_ADAPTER.search(key)
         )
 
-    def state(self, tensors: OpenFile) -> AdapterState:
+    @property
+    def state(self) -> AdapterState:
         """The state of the adapter's first layer: counters are the same in all of them, block sizes are not."""
-        return AdapterState.of(tensors.get(next(key for key in self.shapes if key.endswith(".poet_state"))))
+        return next(iter(self.layers.values())).state
 
-    def side(self, tensors: OpenFile, layer: str, side: SideName) -> SavedSide:
-        """The rotation of one side of a layer, by the name that the layer has in the base model."""
-        prefix = self._prefix(layer)
-        upper = tensors.get(f"{prefix}.poet_{side}.weight")
-        index = tensors.get(f"{prefix}.poet_{side}.index")
-        state = AdapterState.of(tensors.get(f"{prefix}.poet_state"))
-        block_size = state.block_size_R if side == "R" else state.block_size_P
+    def side(self, tensors: OpenFile, name: str, side: SideName) -> SavedSide:
+        """The rotation of one side of the layer `name`."""
+        layer = self.layers[name]
+        upper = tensors.get(f"{layer.prefix}.poet_{side}.weight")
+        index = tensors.get(f"{layer.prefix}.poet_{side}.index")
+        block_size = layer.state.block_size_R if side == "R" else layer.state.block_size_P
         partition = BlockPartition(index.numel(), index.numel(), block_size)
         if not block_size or partition.num_parameters != upper.numel():
             raise POETCheckpointError(
-                f"{self.file} contradicts itself: poet_{side} of {layer!r} has {upper.numel()} parameters, and "
+                f"{self.file} contradicts itself: poet_{side} of {name!r} has {upper.numel()} parameters, and "
                 f"{index.numel()} features in blocks of {block_size} need {partition.num_parameters}."
             )
         deltas = [self.config.map.delta(Q) for Q in partition.skew_blocks(upper.double())]
         return SavedSide(index, deltas, upper.numel())
 
-    def base_weight(self, tensors: OpenFile, layer: str) -> Tensor:
-        """The base weight (out, in) of a layer, of a file that holds base weights.
+    def base_weight(self, tensors: OpenFile, name: str) -> Tensor:
+        """The base weight (out, in) of the layer `name`, or a stack of them, of a file that holds base weights.
 
         Raises:
-            POETCheckpointError: it is packed by quantization, or one of several stacks of experts' weights.
+            POETCheckpointError: it is packed by quantization, or not in the file.
         """
-        prefix = self._prefix(layer)
-        weight = tensors.get(f"{prefix}.base_layer.weight") if f"{prefix}.base_layer.weight" in self.shapes else None
-        state = AdapterState.of(tensors.get(f"{prefix}.poet_state"))
-        if weight is None or not weight.is_floating_point():
-            is_stack = state.layout in (WeightLayout.STACK, WeightLayout.TRANSPOSED_STACK)
-            what = "belongs to a stack of experts" if is_stack else "is packed by quantization"
+        if name not in self.layers:
+            raise POETCheckpointError(f"{self.file} has no layer {name!r}, but the other adapter has: of two models.")
+        layer = self.layers[name]
+        weight = tensors.get(layer.weight_key) if layer.weight_key in self.shapes else None
+        if weight is None and not any(key.startswith(f"{layer.weight_key}.") for key in self.shapes):
             raise POETCheckpointError(
-                f"the base weight of {layer!r} in {self.file} {what}, and cannot be read from the file alone. Merge "
-                "the adapters (`poet-peft merge`) and compare the models."
+                f"{self.file} lacks {layer.weight_key!r}, which its settings save. Was it edited?"
             )
-        residual = f"{prefix}.poet_residual"
+        if weight is None or not weight.is_floating_point():
+            raise POETCheckpointError(
+                f"the base weight of {name!r} in {self.file} is packed by quantization, and cannot be read from the "
+                "file alone. Merge the adapters (`poet-peft merge`) and compare the models."
+            )
+        residual = f"{layer.prefix}.poet_residual"
         exact = join(weight, tensors.get(residual)) if residual in self.shapes else weight
-        return WeightLayout(state.layout).as_matrix(exact)
+        return WeightLayout(layer.state.layout).as_matrix(exact)
 
     def dtype_of_base_weights(self, tensors: OpenFile) -> torch.dtype | None:
         """Of the rotated base weights in the file; None where there are none, or packed ones."""
@@ -136,10 +126,6 @@ class SavedAdapter:
             if ".base_layer." in key and len(shape) > 1 and not _TENSOR_OF_ADAPTER.search(key)
         ]
         return next((x.dtype for key in held if (x := tensors.get(key)).is_floating_point()), None)
-
-    def _prefix(self, layer: str) -> str:
-        prefixed = f"base_model.model.{layer}"
-        return prefixed if f"{prefixed}.poet_state" in self.shapes else layer
 
 
 def open_adapter(path: Path) -> SavedAdapter:
@@ -152,7 +138,12 @@ def open_adapter(path: Path) -> SavedAdapter:
     directory = adapter_directory(path)
     verify_checkpoint(directory)
     with open_tensors(_weights_file(directory)) as tensors:
-        adapter = SavedAdapter(directory, POETConfig.from_pretrained(str(directory)), tensors.shapes)
+        config = POETConfig.from_pretrained(str(directory))
+        states = {
+            prefix: AdapterState.of(tensors.get(f"{prefix}.poet_state")) for prefix in prefixes_of(tensors.shapes)
+        }
+        layers = saved_layers(tensors.shapes, states, config)
+        adapter = SavedAdapter(directory, config, tensors.shapes, layers)
     if not adapter.layers:
         raise POETCheckpointError(f"{adapter.file} holds no rotation. Is it the adapter of another method?")
     return adapter
@@ -213,11 +204,3 @@ def read_metrics(directory: Path) -> dict[str, Any] | None:
 def _weights_file(directory: Path) -> Path:
     safe = directory / SAFETENSORS_WEIGHTS_NAME
     return safe if safe.is_file() else directory / WEIGHTS_NAME
-
-
-def _name_in_base_model(prefix: str) -> str:
-    return prefix.removeprefix("base_model.model.")
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
