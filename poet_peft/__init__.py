@@ -7,13 +7,13 @@ from .config import POETConfig
 from .errors import POETCheckpointError, POETFoldError, POETReferenceError
 from .files.training_checkpoints import latest_checkpoint, verify_checkpoint
 from .fold import MergeReport, merge_and_reinitialize
+from .initialization import initialize_base_weights
 from .model import POETModel
 from .model_card import create_model_card, hardware, json_config, set_model_card
 from .optim import AngleLaw, poet_optimizer, poet_param_groups
 from .registration import register
 from .rotation_muon import RotationMuon
 from .schedule import follow_optimizers
-from .weights.initial import initialize_base_weights
 from .workarounds import clear_leftover_gguf_flags
 
 

@@ -1,17 +1,23 @@
-"""What is left out where PEFT and not the user chooses the layers, and the warnings that name it."""
+"""The targeted layers, what is left out where PEFT and not the user chooses them, and the warnings that name it."""
 
 from __future__ import annotations
 
 import re
 import warnings
 
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention import reach_attention
 from .config import POETConfig
 from .obstacles import without_indexes
 from .other_linear import returns_something_else
-from .targets import RETURNS_ELSE, chosen_by_peft, parameter_names, readers_as_text, rotated_parameters
+from .targets import RETURNS_ELSE, chosen_by_peft, is_all_linear, parameter_names, readers_as_text, rotated_parameters
 from .uncalled import reader_of
 
 
@@ -23,7 +29,43 @@ _TASKS = {
 }
 
 
-def leave_out(
+def settle_targets(
+    model: nn.Module, config: POETConfig, requested: set[str] | str | None
+) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the targeted layers.
+
+    Where PEFT would choose them and some are left out, `config` then names the others one by one, so that what is
+    injected next, and what a saved adapter is loaded into, are the same layers.
+
+    Args:
+        requested: `target_modules` as the user wrote it.
+    """
+    config = _maybe_include_all_linear_layers(config, model)
+    if is_all_linear(requested):
+        reach_attention(model, config)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    targets = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and not name.startswith(inside) and check_target_module_exists(config, name)
+    ]
+    attentions = tuple(f"{name}." for name, module in targets if isinstance(module, nn.MultiheadAttention))
+    targets = [(name, module) for name, module in targets if not name.startswith(attentions)]
+    kept = _leave_out(model, config, requested, targets)
+    if len(kept) == len(targets):
+        return targets
+    config.target_modules = {name for name, _ in kept}
+    # A name also stands for longer ones that end in it.
+    left_out = {name for name, _ in targets} - config.target_modules
+    matched = {name for name in left_out if check_target_module_exists(config, name)}
+    if matched and isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, sorted(matched))])
+    elif matched:
+        config.exclude_modules = {*(config.exclude_modules or ()), *matched}
+    return kept
+
+
+def _leave_out(
     model: nn.Module, config: POETConfig, requested: set[str] | str | None, targets: list[tuple[str, nn.Module]]
 ) -> list[tuple[str, nn.Module]]:
     """The targets without those that must not be rotated, where PEFT and not the user chose them.

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
-from .attention import MultiheadAttention, reach_attention, rotated_parts
+from .attention import MultiheadAttention
 from .combine import check_combinable, weighted_parameters, write_sum
 from .config import POETConfig
 from .convolution import Convolution
@@ -25,20 +20,19 @@ from .embedding import Embedding
 from .experts import ParamWrapper
 from .files.contents import AdapterFile
 from .files.keys import rest_keys
+from .initialization import draw_base_weights
 from .layer import POETLayer, poet_layers
-from .left_out import leave_out
+from .left_out import settle_targets
 from .linear import Linear, ReadLinear
 from .mixed_batch import named_adapters, num_repeats_of
 from .target_parameters import check_target_parameters, reach_experts, warn_of_unreached_weights
 from .targets import (
     check_supported,
     check_targets,
-    is_all_linear,
     layer_names,
     warn_of_unmatched_patterns,
 )
-from .weights.initial import draw_weight
-from .weights.plain import CONVOLUTIONS, PlainWeight, rotated_sides
+from .weights.plain import CONVOLUTIONS, rotated_sides
 from .weights.sharded import check_gathered_in_forward, reshard
 from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied, names_tied_with_embedding
 
@@ -81,7 +75,7 @@ class POETModel(AdapterFile, BaseTuner):
         reshard(model.modules())
         config = self.peft_config[adapter_name]
         requested, named = config.target_modules, config.target_parameters
-        targets = self._settle_targets(model, config)
+        targets = settle_targets(model, self._prepare_adapter_config(config, self.get_model_config(model)), requested)
         if kwargs.get("state_dict") is None:
             check_gathered_in_forward(model, targets)
             quantization_kwargs = {k: v for k, v in get_quantization_kwargs(self).items() if v is not None}
@@ -92,38 +86,6 @@ class POETModel(AdapterFile, BaseTuner):
             warn_of_unmatched_patterns(config, [*layer_names(config, targets), *parameters])
         clear_leftover_gguf_flags(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def _settle_targets(self, model: nn.Module, config: POETConfig) -> list[tuple[str, nn.Module]]:
-        """Names and modules of the targeted layers.
-
-        Where PEFT would choose them and some are left out, `config` then names the others one by one, so that what is
-        injected next, and what a saved adapter is loaded into, are the same layers.
-        """
-        requested = config.target_modules
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
-        config = _maybe_include_all_linear_layers(config, model)
-        if is_all_linear(requested):
-            reach_attention(model, config)
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        targets = [
-            (name, module)
-            for name, module in model.named_modules()
-            if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
-        ]
-        attentions = tuple(f"{name}." for name, module in targets if isinstance(module, nn.MultiheadAttention))
-        targets = [(name, module) for name, module in targets if not name.startswith(attentions)]
-        kept = leave_out(model, config, requested, targets)
-        if len(kept) == len(targets):
-            return targets
-        config.target_modules = {name for name, _ in kept}
-        # A name also stands for longer ones that end in it.
-        left_out = {name for name, _ in targets} - config.target_modules
-        matched = {name for name in left_out if self._check_target_module_exists(config, name)}
-        if matched and isinstance(config.exclude_modules, str):
-            config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, sorted(matched))])
-        elif matched:
-            config.exclude_modules = {*(config.exclude_modules or ()), *matched}
-        return kept
 
     def _check_new_adapter_config(self, config: POETConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -178,9 +140,7 @@ class POETModel(AdapterFile, BaseTuner):
             warnings.warn(f"{current_key!r} has one input and one output feature: nothing to rotate, left as it is.")
             return
         if config.base_init is not None:
-            parts = rotated_parts(current_key, layer, config) if is_attention else {current_key: PlainWeight(layer)}
-            for name, weight in parts.items():
-                _draw(name, weight, config)
+            draw_base_weights(current_key, layer, config)
         kind = next((kind for kind, layers in _KINDS.items() if isinstance(layer, layers)), Linear)
         if kind is Linear and isinstance(parent, nn.TransformerEncoderLayer):
             kind = ReadLinear
@@ -311,11 +271,3 @@ class POETModel(AdapterFile, BaseTuner):
         reshard(self.model.modules())
         for _, layer in poet_layers(self.model):
             layer.check_mergeable()
-
-
-def _draw(name: str, weight: PlainWeight, config: POETConfig) -> None:
-    if weight.parameter.is_meta:
-        return
-    shape = weight.as_matrix(weight.parameter).shape
-    drawn = draw_weight(*shape, config.base_init, seed=config.seed, module_name=name)
-    weight.write(config.base_init_scale_of(name) * drawn)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from cases import PLAIN, OneLayer, TwoLayers, base_layer, matrix, randomize, relative_error, wrap
 from models import gpt2, llama
+from test_attention import Attending
 
 from poet_peft import POETConfig, merge_and_reinitialize
-from poet_peft.weights.initial import SCHEMES, draw_weight, initialize_base_weights
+from poet_peft.initialization import initialize_base_weights
+from poet_peft.weights.initial import SCHEMES, draw_weight
 
 
 SHAPES = {"tall": (60, 20), "wide": (20, 60), "square": (30, 30), "one-output": (1, 12), "one-input": (12, 1)}
@@ -266,3 +268,18 @@ def test_initial_weights_do_not_depend_on_how_many_layers_are_targeted():
     initialize_base_weights(many, "normalized")
     name = "model.layers.1.mlp.up_proj.weight"
     assert relative_error(few.state_dict()[name], many.state_dict()[name]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*were left out")
+@pytest.mark.parametrize("settings", [{}, {"kdim": 6, "vdim": 6}], ids=["one-matrix", "three-matrices"])
+def test_weights_are_drawn_of_the_attentions_that_are_rotated(settings):
+    plain, base = (Attending(**settings) for _ in range(2))
+    before = state(plain)
+    initialize_base_weights(plain, "normalized", scale=0.5)
+    model = wrap(
+        base, POETConfig(target_modules="all-linear", block_size=4, base_init="normalized", base_init_scale=0.5)
+    )
+    merged = state(model.merge_and_unload())
+    drawn = {"head.weight"} if settings else {"head.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+    assert changed(plain, before) == drawn
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in state(plain).items())

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
+from collections.abc import Mapping
 
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
-
-from .plain import layout_of
+from torch import Tensor
 
 
 SCHEMES = ("normalized", "xavier", "standard", "uniform_spectrum", "mup")
@@ -61,49 +56,3 @@ def _largest_singular_value(weight: Tensor, generator: torch.Generator) -> Tenso
 def scale_of(module_name: str, scale: float, pattern: Mapping[str, float]) -> float:
     """The factor of a layer's weights: `scale`, times what `pattern` has for its name, as PEFT matches patterns."""
     return scale * pattern.get(get_pattern_key(pattern.keys(), module_name), 1.0)
-
-
-def initialize_base_weights(
-    model: nn.Module,
-    scheme: str,
-    *,
-    scale: float = 1.0,
-    scale_pattern: Mapping[str, float] | None = None,
-    seed: int = 0,
-    module_names: Iterable[str] | None = None,
-) -> list[str]:
-    """Draw the weights of a plain model's linear layers anew, in place, as `POETConfig(base_init=scheme)` does.
-
-    Those of an `nn.MultiheadAttention` are among them.
-
-    For a baseline that starts from the same weights as POET.
-
-    Args:
-        scale: factor of all weights, as `base_init_scale`.
-        scale_pattern: further factors by name, as `base_init_scale_pattern`.
-        module_names: names of the linear layers. None = all but the output head.
-
-    Returns:
-        The names of the layers whose weights were drawn.
-    """
-    if module_names is None:
-        module_names = _all_linear_names(model)
-    names = sorted(module_names)
-    for name in names:
-        layer = model.get_submodule(name)
-        if isinstance(layer, nn.MultiheadAttention):
-            matrices = {f"{name}.in_proj_weight": layer.in_proj_weight, f"{name}.out_proj": layer.out_proj.weight}
-        else:
-            matrices = {name: layout_of(layer).as_matrix(layer.weight)}
-        for part, matrix in matrices.items():
-            with torch.no_grad():
-                drawn = draw_weight(*matrix.shape, scheme, seed=seed, module_name=part)
-                matrix.copy_(scale_of(part, scale, scale_pattern or {}) * drawn)
-    return names
-
-
-def _all_linear_names(model: nn.Module) -> set[str]:
-    config = SimpleNamespace(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND, task_type=None)
-    names = _maybe_include_all_linear_layers(config, model).target_modules
-    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
-    return names | {name for name in attentions if model.get_submodule(name)._qkv_same_embed_dim}
