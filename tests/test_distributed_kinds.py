@@ -1,4 +1,4 @@
-"""Experts, convolutions and embeddings in two processes (gloo, on the CPU) train as in one, under FSDP2 and DDP."""
+"""Experts, convolutions, embeddings, attention: two processes (gloo, on the CPU) train as one, under FSDP2 and DDP."""
 
 import functools
 import json

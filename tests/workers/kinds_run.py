@@ -1,4 +1,4 @@
-"""Experts, convolutions and embeddings in two processes: what `tests/test_distributed_kinds.py` compares with one.
+"""All kinds of layers in two processes: what `tests/test_distributed_kinds.py` compares with one.
 
 torchrun --nproc_per_node 2 tests/workers/kinds_run.py DIRECTORY
 """
@@ -33,24 +33,26 @@ WAYS = ["fsdp", "ddp"]
 
 
 class Layers(nn.Module):
-    """Tokens to a loss, by an embedding and two convolutions."""
+    """Tokens to a loss, by an embedding, two convolutions and an attention between them."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(128, 12)
         self.convolution = nn.Conv1d(12, 16, 3, padding="same")
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.grouped = nn.Conv1d(16, 8, 3, groups=4, stride=2)
 
     def forward(self, input_ids):
-        x = torch.tanh(self.convolution(self.embedding(input_ids).mT))
-        return torch.tanh(self.grouped(x)).square().mean()
+        x = torch.tanh(self.convolution(self.embedding(input_ids).mT)).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return torch.tanh(self.grouped(x.mT)).square().mean()
 
 
 def build(kind, regime):
     if kind == "experts":
         return get_peft_model(moe("mixtral"), config(**REGIMES[regime])).train()
-    targets = ["embedding", "convolution", "grouped"]
+    targets = ["embedding", "convolution", "attention", "grouped"]
     return wrap(Layers(), POETConfig(target_modules=targets, block_size=4, **REGIMES[regime]))
 
 
@@ -81,8 +83,9 @@ def spread(model, kind, way):
     """The model to call, of a model that is spread over the processes."""
     if way == "ddp":
         return DistributedDataParallel(model)
-    for layer in model.get_base_model().model.layers if kind == "experts" else ():
-        fully_shard(layer)
+    base = model.get_base_model()
+    for part in base.model.layers if kind == "experts" else [base.attention]:
+        fully_shard(part)
     return fully_shard(model)
 
 
