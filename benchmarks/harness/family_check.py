@@ -49,13 +49,21 @@ def check(family, overrides=None):
         return {"status": "not built", "message": short(error)}
     result = {"parameters": sum(p.numel() for p in model.parameters()), "inputs": what}
     try:
-        return result | check_model(model, inputs, family.task_type)
+        found = check_model(model, inputs, family.task_type)
+        if found["status"] == "fails" and not is_within(found.get("errors", {})):
+            again = check_model(model.double(), in_double(inputs), family.task_type)
+            found = again | {"in double precision": True} if again["status"] == "works" else found
+        return result | found
     except Exception as error:
         where = error.__traceback__
         while where.tb_next is not None:
             where = where.tb_next
         place = f"{where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno}"
         return result | {"status": "fails", "message": f"{short(error)} ({place})"}
+
+
+class NoGradientError(RuntimeError):
+    """Nothing that trains had a part in the outputs."""
 
 
 class NoInputsError(Exception):
@@ -158,7 +166,12 @@ def check_model(model, inputs, task_type=None):
     errors = result["errors"] = {"start": difference(values(wrapped, inputs), expected)}
 
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    backward(wrapped, inputs)
+    try:
+        backward(wrapped, inputs)
+    except NoGradientError:  # layers inside a function of autograd whose inputs come from frozen embeddings
+        wrapped.enable_input_require_grads()
+        backward(wrapped, inputs)
+        result["input gradients"] = True
     without = {name for name, layer in layers.items() if not all(map(has_gradient, rotations_of(layer)))}
     result["unused"] = names(without - trains)
     result["no gradient"] = names(without & trains)
@@ -186,6 +199,13 @@ def check_model(model, inputs, task_type=None):
             result["unchanged model"] = difference(reloaded(base, f"{folder}/base", inputs), expected)
     result["status"], result["message"] = verdict(result)
     return result
+
+
+def in_double(inputs):
+    return {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def is_within(errors):
@@ -320,7 +340,7 @@ def loss_of(found):
             weight = torch.randn(tensor.shape, generator=generator) / tensor.numel() ** 0.5
             total = total + (torch.where(torch.isfinite(tensor), tensor, 0) * weight).sum()
     if not torch.is_tensor(total):
-        raise RuntimeError("no output has a gradient")
+        raise NoGradientError("no output has a gradient")
     return total
 
 

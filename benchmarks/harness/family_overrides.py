@@ -37,6 +37,7 @@ OVERRIDES = {
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
     "kimi_linear": {"num_experts_per_tok": 2},
+    "reformer": {"axial_pos_shape": [3, 4], "axial_pos_embds_dim": [8, 8], "hidden_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mask2former": _GROUPS_OF_32,
     "maskformer": {"fpn_feature_size": 64, "mask_feature_size": 64},

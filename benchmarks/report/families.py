@@ -60,6 +60,10 @@ def row(name, family):
     notes = [f"without part in it: {listed(family['unused'])}"] if family["unused"] else []
     if "unchanged model" in family:
         notes.append("transformers does not bring back what it saved of the unchanged model either")
+    if family.get("input gradients"):
+        notes.append("trains only after `model.enable_input_require_grads()`, as every adapter")
+    if family.get("in double precision"):
+        notes.append("compared in double precision: its choices among equal scores turn on single roundings")
     if family.get("steps over"):
         notes.append("its outputs jump: a change of the base weights by rounding alone changes them as much")
     return [f"`{name}`", status, family["rotated"], said(family["left_out"]), "; ".join(notes)]
