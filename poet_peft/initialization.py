@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from .attention import rotated_parts
 from .config import POETConfig
+from .experts import StackedWeight
 from .left_out import settle_targets
+from .target_parameters import check_target_parameters, reach_experts
 from .weights.initial import draw_weight
 from .weights.plain import PlainWeight
 
@@ -25,14 +28,15 @@ def initialize_base_weights(
 ) -> list[str]:
     """Draw the weights of a plain model's linear layers anew, in place, as `POETConfig(base_init=scheme)` does.
 
-    Those of an `nn.MultiheadAttention` are among them. For a baseline that starts from the same weights as POET.
+    Those of an `nn.MultiheadAttention` and of stacked experts are among them. For a baseline that starts from the same
+    weights as POET.
 
     Args:
         scheme, scale, scale_pattern: as `base_init`, `base_init_scale` and `base_init_scale_pattern`.
-        module_names: names of the layers. None = those that `target_modules="all-linear"` rotates.
+        module_names: names of the layers. None = those that `target_modules="all-linear"` rotates, and experts.
 
     Returns:
-        The names of the layers whose weights were drawn.
+        The names of the layers, and behind them of the stacks of experts, whose weights were drawn.
 
     Raises:
         ValueError: an unknown scheme, or a scale that is not positive; no weight was changed.
@@ -45,12 +49,18 @@ def initialize_base_weights(
         seed=seed,
         train_rest=True,
     )
+    stacks = []
     if module_names is None:
-        module_names = [name for name, _ in settle_targets(model, config, config.target_modules)]
+        module_names = [name for name, _ in settle_targets(model, config, INCLUDE_LINEAR_LAYERS_SHORTHAND)]
+        reach_experts(model, config, INCLUDE_LINEAR_LAYERS_SHORTHAND)
+        stacks = check_target_parameters(model, config)
     names = sorted(module_names)
     for name in names:
         draw_base_weights(name, model.get_submodule(name), config)
-    return names
+    for name in stacks:
+        module_name, _, parameter_name = name.rpartition(".")
+        draw_parameter(name, StackedWeight(model.get_submodule(module_name), parameter_name), config)
+    return [*names, *stacks]
 
 
 def draw_base_weights(name: str, layer: nn.Module, config: POETConfig) -> None:
@@ -58,7 +68,16 @@ def draw_base_weights(name: str, layer: nn.Module, config: POETConfig) -> None:
     is_attention = isinstance(layer, nn.MultiheadAttention)
     parts = rotated_parts(name, layer, config) if is_attention else {name: PlainWeight(layer)}
     for part, weight in parts.items():
-        if not weight.parameter.is_meta:
-            shape = weight.as_matrix(weight.parameter).shape
-            drawn = draw_weight(*shape, config.base_init, seed=config.seed, module_name=part)
-            weight.write(config.base_init_scale_of(part) * drawn)
+        draw_parameter(part, weight, config)
+
+
+def draw_parameter(name: str, weight: PlainWeight, config: POETConfig) -> None:
+    """Draw the weight of a rotated layer, each expert of a stack by itself; nothing on the meta device."""
+    if weight.parameter.is_meta:
+        return
+    *stack, out_features, in_features = weight.as_matrix(weight.parameter).shape
+    names = [f"{name}.{expert}" for expert in range(stack[0])] if stack else [name]
+    drawn = [
+        draw_weight(out_features, in_features, config.base_init, seed=config.seed, module_name=one) for one in names
+    ]
+    weight.write(config.base_init_scale_of(name) * (torch.stack(drawn) if stack else drawn[0]))

@@ -17,10 +17,10 @@ from .combine import check_combinable, weighted_parameters, write_sum
 from .config import POETConfig
 from .convolution import Convolution
 from .embedding import Embedding
-from .experts import ParamWrapper
+from .experts import ParamWrapper, StackedWeight
 from .files.contents import AdapterFile
 from .files.keys import rest_keys
-from .initialization import draw_base_weights
+from .initialization import draw_base_weights, draw_parameter
 from .layer import POETLayer, poet_layers
 from .left_out import settle_targets
 from .linear import Linear, ReadLinear
@@ -126,13 +126,15 @@ class POETModel(AdapterFile, BaseTuner):
             if not isinstance(parent, MultiheadAttention):  # which has seen to it
                 target.update_layer(adapter_name, config)
             return
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if parameter_name is not None:
+            if config.base_init is not None:
+                draw_parameter(current_key, StackedWeight(layer, parameter_name), config)
             new_module = ParamWrapper(target, adapter_name, config, current_key, parameter_name)
             if adapter_name not in self.active_adapters:
                 new_module.requires_grad_(False)
             self._replace_module(parent, target_name, new_module, target)
             return
-        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization_kwargs = get_quantization_kwargs(self)
         check_supported(current_key, layer, **{k: v for k, v in quantization_kwargs.items() if v is not None})
         is_attention = isinstance(layer, nn.MultiheadAttention)

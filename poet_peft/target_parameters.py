@@ -195,11 +195,6 @@ class _Obstacles:
                 f"its dtype is {parameter.dtype}, and stacked weights are supported in fp32, bf16 and fp16 only",
                 "Load the model dequantized",
             )
-        if config.base_init is not None:
-            return Obstacle(
-                f"base_init={config.base_init!r} draws the weights of linear layers and convolutions only",
-                "Pass base_init=None",
-            )
         if config.memory_efficient:
             return Obstacle(
                 "memory_efficient=True has no effect on it, since the forward of its module keeps the weight that it "

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from cases import PLAIN, OneLayer, TwoLayers, base_layer, matrix, randomize, relative_error, wrap
+from mixtures import moe, num_stacks, stack
 from models import gpt2, llama
 from test_attention import Attending
 
 from poet_peft import POETConfig, merge_and_reinitialize
+from poet_peft.experts import ParamWrapper
 from poet_peft.initialization import initialize_base_weights
+from poet_peft.layer import poet_layers
 from poet_peft.weights.initial import SCHEMES, draw_weight
 
 
@@ -283,3 +286,20 @@ def test_weights_are_drawn_of_the_attentions_that_are_rotated(settings):
     drawn = {"head.weight"} if settings else {"head.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
     assert changed(plain, before) == drawn
     assert all(torch.equal(tensor, merged[name]) for name, tensor in state(plain).items())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # out by in, and in by out
+def test_every_expert_is_drawn_by_itself_and_alike_in_a_plain_model(name):
+    plain = moe(name)
+    names = initialize_base_weights(plain, "normalized", scale_pattern={"down_proj": 0.5}, seed=3)
+    config = POETConfig.for_pretraining(block_size=4, base_init_scale_pattern={"down_proj": 0.5}, seed=3)
+    model = wrap(moe(name), config)
+    stacks = [layer for _, layer in poet_layers(model) if isinstance(layer, ParamWrapper)]
+    assert {layer.module_name for layer in stacks} < set(names) and len(stacks) == num_stacks(name)
+    for layer in stacks:
+        rows = torch.linalg.vector_norm(stack(layer), dim=-1)
+        assert rows.flatten().tolist() == pytest.approx(
+            [0.5 if "down_proj" in layer.module_name else 1.0] * rows.numel()
+        )
+        assert len({expert.norm().item() for expert in stack(layer)[:, 0, :1]}) > 1
+        assert torch.equal(layer.base_parameter, plain.get_parameter(layer.module_name))
