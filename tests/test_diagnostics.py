@@ -16,6 +16,7 @@ from poet_peft.layer import poet_layers
 from poet_peft.maths import measures
 from poet_peft.maths.orthogonal import cayley
 from poet_peft.ops import reference
+from poet_peft.pace import Pace, learning_rates
 
 
 def matrices(*shape, seed=0):
@@ -105,6 +106,47 @@ def test_a_line_cut_off_is_left_out_and_harms_no_other(tmp_path):
         file.write('{"step": 4, "lay')
     d.log_diagnostics(model, path, step=5)
     assert [line["step"] for line in read_diagnostics(path)] == [3, 5]
+
+
+def side_of(**numbers):
+    return d.SideDiagnostics(
+        "R", **{"max_angle": 0.1, "rms_angle": 0.1, "trace": 1.0, "orthogonality_error": 0.0} | numbers
+    )
+
+
+def test_summary_has_the_largest_of_what_has_a_range_and_a_nan_stays():
+    sides = [side_of(max_angle=0.3, orthogonality_error=1e-3), side_of(orthogonality_error=2e-3)]
+    layers = [d.LayerDiagnostics(str(drift), "default", sides, drift) for drift in (0.01, 0.03, 0.02)]
+    summary = d.Diagnostics(layers, clamped_share=0.5).summary()
+    found = [summary[name] for name in ("max_angle", "orthogonality_error", "spectral_drift", "clamped_share")]
+    assert found == [0.3, 2e-3, 0.03, 0.5]
+    layers.append(d.LayerDiagnostics("broken", "default", [], math.nan))
+    assert math.isnan(d.Diagnostics(layers).summary()["spectral_drift"])
+
+
+def test_own_numbers_are_in_the_line_and_what_is_not_finite_is_null(tmp_path):
+    path = tmp_path / "poet_diagnostics.jsonl"
+    d.log_diagnostics(wrap(llama(num_hidden_layers=1)), path, 1, exact=True, loss=math.nan, losses=[1.0, math.inf])
+    (line,) = read_diagnostics(path)
+    assert line["loss"] is None and line["losses"] == [1.0, None] and line["layers"][0]["singular_values"]
+
+
+def test_rates_are_of_the_steps_and_tokens_since_the_last_measurement(monkeypatch):
+    times = iter([0.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr("poet_peft.pace.time.perf_counter", lambda: next(times))
+    pace = Pace()
+    pace.start(10, 100)
+    assert pace.rates(14, 300) == {"steps_per_second": 2.0, "tokens_per_second": 100.0}
+    assert pace.rates(20, 500) == {"steps_per_second": 3.0, "tokens_per_second": 100.0}
+    assert pace.rates(21, 500) == {"steps_per_second": 1.0} and pace.rates(21, 600) == {}
+
+
+def test_rates_of_groups_go_by_name_and_the_largest_counts():
+    groups = [
+        {"params": [torch.zeros(1)], "lr": lr, **name}
+        for lr, name in [(2.0, {"name": "a"}), (1.0, {"name": "a"}), (3.0, {}), (4.0, {})]
+    ]
+    assert learning_rates(torch.optim.SGD(groups)) == {"a": 2.0, "group 2": 3.0, "group 3": 4.0}
 
 
 def test_rms_angle_of_known_planes_in_blocks_of_two_sizes():

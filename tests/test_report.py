@@ -168,6 +168,25 @@ def test_spectrum_that_moved_is_told_by_how_much(before, after):
     assert "changed by 20 %" in text and "from step 1 to 9" in text
 
 
+def test_spectrum_is_compared_with_the_first_measurement_in_every_step():
+    lines = [line(step, layer(rms_singular_value=value)) for step, value in [(1, 2.0), (2, 2.4), (3, 2.2)]]
+    run = Run("run", diagnostics=lines)
+    assert [change for _, change in run.spectral_change()] == pytest.approx([0.0, 0.2, 0.1])
+    assert "changed by 20 %" in bad(run)[0]
+
+
+def test_last_step_and_settings_are_those_of_the_last_start():
+    lines = [line(step, settings={"seed": step}) for step in (2, 8)]
+    run = Run("run", log=[{"step": 4, "loss": 1.0}], diagnostics=lines)
+    assert run.last_step == 8 and run.described("settings") == {"seed": 8}
+
+
+def test_runs_of_one_name_are_numbered_and_what_is_missing_is_said(runs, tmp_path):
+    text = write_report([runs / "adapter", runs / "adapter"], tmp_path / "new" / "report.html").read_text("utf-8")
+    assert "adapter (1)" in text and "adapter (2)" in text
+    assert "Not found here: trainer_state.json" in text
+
+
 def test_loss_that_rose_and_loss_that_broke_are_told():
     assert "did not fall" in bad(Run("run", log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}]))[0]
     assert "not finite at step 2" in bad(Run("run", log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}]))[0]
