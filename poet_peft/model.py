@@ -162,6 +162,7 @@ class POETModel(AdapterFile, BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        _replace_in_lists(parent, child, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -273,3 +274,10 @@ class POETModel(AdapterFile, BaseTuner):
         reshard(self.model.modules())
         for _, layer in poet_layers(self.model):
             layer.check_mergeable()
+
+
+def _replace_in_lists(parent: nn.Module, child: nn.Module, new_module: nn.Module) -> None:
+    """Where a module also keeps its layers in lists of its own, which it calls them from, as MaskFormer's heads do."""
+    for held in vars(parent).values():
+        if isinstance(held, list):
+            held[:] = [new_module if item is child else item for item in held]

@@ -601,3 +601,31 @@ def test_router_that_is_a_linear_layer_by_class_only_is_left_out_by_name():
 def test_router_that_is_a_linear_layer_by_class_only_is_refused():
     with pytest.raises(TypeError, match="'model.layers.0.mlp.router' of type PhimoeTopKRouter, which returns"):
         poet(with_router(), target_modules=["router"])
+
+
+class CalledFromAList(nn.Module):
+    """As the heads of MaskFormer: the layers have names, and are called from a list."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = [nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_called_from_a_list_are_rotated_there():
+    model = get_peft_model(CalledFromAList(), POETConfig(target_modules=["0", "2"], block_size=4))
+    randomize(model, 0.5)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    rotated = model(x)
+    rotated.square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert (model(x) - rotated).abs().max() > 0.05
+    torch.testing.assert_close(model.merge_and_unload()(x), rotated)
