@@ -195,7 +195,7 @@ def features(layer: nn.Module) -> tuple[int, int]:
         return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
-    return layer.out_features, layer.in_features
+    return int(layer.out_features), int(layer.in_features)  # tensors in some (Inkling)
 
 
 class RotatedSide(NamedTuple):
