@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import POETConfig
-from .experts import StackedWeight
+from .experts import ParamWrapper, StackedWeight
 from .layer import POETLayer
 from .maths.blocks import partition_side
 from .obstacles import Obstacle, without_indexes
@@ -72,8 +72,32 @@ def check_target_parameters(model: nn.Module, config: POETConfig) -> list[str]:
             f"target_parameters has names that match no parameter: {missing}. Name them as "
             "model.named_parameters() does, from the end: 'experts.gate_up_proj'."
         )
+    _check_like_other_adapters(model, names)
     config.target_parameters = list(found)
     return names
+
+
+def _check_like_other_adapters(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse other parameters of a module than its other adapters rotate: they could not be loaded without these."""
+    for module in model.modules():
+        if not isinstance(module, ParamWrapper) or module.setting != "target_parameters":
+            continue
+        owner = module.module_name.rpartition(".")[0]
+        mine = {name for name in names if name.rpartition(".")[0] == owner}
+        for adapter in module.poet_config:
+            theirs = {
+                other.module_name
+                for other in model.modules()
+                if isinstance(other, ParamWrapper)
+                and adapter in other.poet_config
+                and other.module_name.rpartition(".")[0] == owner
+            }
+            if mine and mine != theirs:
+                raise ValueError(
+                    f"the adapter {adapter!r} rotates {', '.join(sorted(theirs))}, and target_parameters names "
+                    f"{', '.join(sorted(mine))}: the adapters of a model must rotate the same parameters of a module, "
+                    "since a file could not be loaded otherwise. Name the same ones."
+                )
 
 
 def reach_experts(model: nn.Module, config: POETConfig, requested: set[str] | str | None) -> None:

@@ -278,6 +278,15 @@ def test_parameter_is_refused_by_name_with_a_way_out(target, match):
         get_peft_model(Bare(), config(target_parameters=[target]))
 
 
+@pytest.mark.parametrize("targets", [["experts.down_proj"], ["experts.gate_up_proj", "experts.down_proj"]], ids=len)
+def test_other_parameters_than_those_of_another_adapter_are_refused(targets):
+    """Wrappers are nested, and a file has the keys of the nesting that it was saved from."""
+    model = get_peft_model(moe("mixtral"), config(target_parameters=["experts.gate_up_proj"]))
+    match = "'default' rotates model.layers.0.mlp.experts.gate_up_proj, and target_parameters names .*down_proj.*same"
+    with pytest.raises(ValueError, match=match):
+        model.add_adapter("second", config(target_parameters=targets))
+
+
 def test_memory_efficient_experts_are_refused():
     with pytest.raises(ValueError, match="'inner.stack': memory_efficient=True .*gradient checkpointing"):
         get_peft_model(Bare(), config(target_parameters=["inner.stack"], memory_efficient=True))
