@@ -27,13 +27,14 @@ from .linear import Linear, ReadLinear
 from .mixed_batch import named_adapters, num_repeats_of
 from .target_parameters import check_target_parameters, reach_experts, warn_of_unreached_weights
 from .targets import (
+    check_gathered_in_forward,
     check_supported,
     check_targets,
     layer_names,
     warn_of_unmatched_patterns,
 )
 from .weights.plain import CONVOLUTIONS, rotated_sides
-from .weights.sharded import check_gathered_in_forward, reshard
+from .weights.sharded import reshard
 from .workarounds import clear_leftover_gguf_flags, keep_exact, keep_tied, names_tied_with_embedding
 
 

@@ -18,6 +18,7 @@ from .obstacles import Obstacle, without_indexes
 from .targets import is_all_linear, parameter_names, warn_of_unmatched_names
 from .uncalled import reader_of
 from .weights.plain import COMPUTES
+from .weights.sharded import WITHOUT_TENSOR_PARALLELISM, gathered_in_forward, split_in_forward
 
 
 _OUT_OF_STACKS = "it is no stack of experts and in no linear layer"
@@ -188,6 +189,7 @@ class _Obstacles:
     def __init__(self, model: nn.Module, config: POETConfig) -> None:
         self.model, self.config = model, config
         self._owners = parameter_names(model)
+        self._gathered = gathered_in_forward(model)
         foreign = (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, POETLayer))
         self._foreign = {id(module): type(layer).__name__ for layer in foreign for module in layer.modules()}
 
@@ -214,6 +216,8 @@ class _Obstacles:
                 f"its shape is {tuple(parameter.shape)}, and only matrices (out, in) and stacks of them "
                 "(num_experts, out, in) are supported"
             )
+        if split := split_in_forward(parameter, self._gathered):
+            return Obstacle(f"it is {split}", WITHOUT_TENSOR_PARALLELISM)
         if parameter.dtype not in COMPUTES:
             return Obstacle(
                 f"its dtype is {parameter.dtype}, and stacked weights are supported in fp32, bf16 and fp16 only",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .uncalled import reader_of
 from .weights import base_weight_of
 from .weights.plain import CONVOLUTIONS, READ_LINEAR, RotatedSide, rotated_sides
 from .weights.quantized import QuantizedWeight
+from .weights.sharded import WITHOUT_TENSOR_PARALLELISM, gathered_in_forward, split_in_forward
 
 
 RETURNS_ELSE = "which returns something else than `W x + bias`"
@@ -188,6 +189,23 @@ def rotated_parameters(layer: nn.Module) -> list[torch.Tensor | None]:
     if isinstance(layer, nn.MultiheadAttention):
         return [weight.parameter for weight in weights_of(layer).values()]
     return [getattr(layer, "weight", None)]
+
+
+def check_gathered_in_forward(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse targets of which a process never holds a whole weight.
+
+    Args:
+        targets: name and module of each targeted layer.
+
+    Raises:
+        ValueError: names the module, how its weight is split, and the way out.
+    """
+    gathered = gathered_in_forward(model)
+    for name, module in targets:
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for weight in rotated_parameters(layer):
+            if split := split_in_forward(weight, gathered):
+                raise ValueError(f"a weight of {name!r} is {split}. {WITHOUT_TENSOR_PARALLELISM}.")
 
 
 def _check_not_stacked(name: str, module: nn.Module, layer: nn.Module) -> None:

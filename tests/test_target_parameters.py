@@ -10,7 +10,10 @@ from cases import relative_error
 from mixtures import EXPERTS, config, moe
 from models import logits, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_attention import Attending
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from poet_peft import POETConfig
 from poet_peft.cli import inspection, merging
@@ -301,3 +304,31 @@ def test_experts_with_the_adapter_of_another_method_are_refused():
 def test_one_name_instead_of_a_list_is_refused():
     with pytest.raises(TypeError, match="target_parameters='experts.down_proj' must be a list"):
         POETConfig(target_parameters="experts.down_proj")
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of this process alone: a weight that is split over it counts as split."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
+@pytest.mark.parametrize(
+    ("base", "parameter", "targets"),
+    [
+        (lambda: moe("mixtral"), "model.layers.0.mlp.experts.down_proj", {}),
+        (Attending, "attention.in_proj_weight", {"target_modules": ["attention"], "target_parameters": None}),
+        (Attending, "head.weight", {"target_modules": ["head"], "target_parameters": None}),
+    ],
+    ids=["experts", "attention", "linear"],
+)
+def test_weight_that_is_split_by_tensor_parallelism_is_refused_by_name(base, parameter, targets, mesh):
+    model = base()
+    owner, _, name = parameter.rpartition(".")
+    weight = distribute_tensor(model.get_parameter(parameter).detach(), mesh, [Shard(0)])
+    setattr(model.get_submodule(owner), name, nn.Parameter(weight))
+    named = parameter if "experts" in parameter else owner
+    with pytest.raises(ValueError, match=f"'{named}'.* split by tensor parallelism .*fsdp_size"):
+        get_peft_model(model, config(**targets))

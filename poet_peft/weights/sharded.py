@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -76,33 +76,33 @@ def check_checkpoints_hold_folds() -> None:
     )
 
 
-def check_gathered_in_forward(model: nn.Module, targets: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse targets of which a process never holds the whole weight, as under tensor parallelism.
+def gathered_in_forward(model: nn.Module) -> set[int]:
+    """The ids of the parameters that FSDP2 gathers for every forward."""
+    if not dist.is_available():
+        return set()
+    from torch.distributed.fsdp import FSDPModule
+
+    return {id(p) for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
+
+
+def split_in_forward(weight: Tensor | None, gathered: Collection[int]) -> str | None:
+    """How a weight is split of which a process never holds the whole, as under tensor parallelism; None if it does.
 
     A rotation mixes features of the whole weight. FSDP2 gathers it for every forward; tensor parallelism does not.
-
-    Args:
-        targets: name and module of each targeted layer.
-
-    Raises:
-        ValueError: names the module, how its weight is split, and the way out.
     """
-    gathered = set()
-    if dist.is_available():
-        from torch.distributed.fsdp import FSDPModule
+    if not isinstance(weight, DTensor):
+        return None
+    split = [placement for placement in weight.placements if not placement.is_replicate()]
+    if len(split) <= (id(weight) in gathered):
+        return None
+    return (
+        f"split by tensor parallelism ({weight.placements} over {weight.device_mesh}), and a rotation needs all of it"
+    )
 
-        gathered = {id(p) for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
-    for name, module in targets:
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, DTensor):
-            continue
-        split = [placement for placement in weight.placements if not placement.is_replicate()]
-        if len(split) > (id(weight) in gathered):
-            raise ValueError(
-                f"the weight of {name!r} is split by tensor parallelism ({weight.placements} over "
-                f"{weight.device_mesh}), and a rotation needs all of it. Load the model without tp_plan, and shard it "
-                "with FSDP2 (DistributedConfig(fsdp_size=...), or fully_shard)."
-            )
+
+WITHOUT_TENSOR_PARALLELISM = (
+    "Load the model without tp_plan, and shard it with FSDP2 (DistributedConfig(fsdp_size=...), or fully_shard)"
+)
 
 
 def mesh_of(weight: Tensor | None) -> DeviceMesh | None:
