@@ -312,6 +312,8 @@ def test_range_of_rates_near_the_best_says_where_it_goes_on(losses, text):
 
 def test_final_runs_are_those_of_the_longest_with_equal_settings():
     runs = [result(steps=400), *(result(steps=1600, seed=seed) for seed in (42, 43))]
+    assert quality_runs.final_runs(runs) == {}  # of one method
+    runs += [result(method, steps=1600) for method in ("muon", "poet-ortho")]
     assert [run["run"]["seed"] for run in quality_runs.final_runs(runs)["adamw"]] == [42, 43]
 
 

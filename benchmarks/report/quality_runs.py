@@ -9,6 +9,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 VARIANT = "-variant"  # ends the family of what the package does not have
 NEAR = 1.02  # times the best loss
+COMPARED = {"adamw", "muon", "poet-ortho"}
 
 
 def read():
@@ -44,7 +45,10 @@ def tuning_runs(results):
 
 
 def final_runs(results):
-    """The results of the longest runs with equal settings, by family, best first; one a seed."""
+    """The results of the longest runs with equal settings, by family, best first; one a seed.
+
+    None before all of `COMPARED` are measured.
+    """
     if len(steps_of(results)) == 1:
         return {}
     longest = steps_of(results)[-1]
@@ -57,6 +61,8 @@ def final_runs(results):
     for (family, _), runs in settings.items():
         if family not in best or mean_loss(runs) < mean_loss(best[family]):
             best[family] = sorted(runs, key=lambda result: result["run"]["seed"])
+    if not best.keys() >= COMPARED:
+        return {}
     return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
 
 
