@@ -186,7 +186,7 @@ def test_last_step_and_settings_are_those_of_the_last_start():
 def test_runs_of_one_name_are_numbered_and_what_is_missing_is_said(runs, tmp_path):
     text = write_report([runs / "adapter", runs / "adapter"], tmp_path / "new" / "report.html").read_text("utf-8")
     assert "adapter (1)" in text and "adapter (2)" in text
-    assert "Not found here: trainer_state.json" in text
+    assert "Not found here: trainer_state.json, poet_diagnostics.jsonl." in text
 
 
 def test_loss_that_rose_and_loss_that_broke_are_told():
