@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import REGIMES, llama, poet_config, wrap
+from models import REGIMES, llama, poet_config, step, tokens, wrap
 from quantized import dequantized, for_every_library, quantized_llama
 
 from poet_peft import diagnostics as d
@@ -17,6 +17,8 @@ from poet_peft.maths import measures
 from poet_peft.maths.orthogonal import cayley
 from poet_peft.ops import reference
 from poet_peft.pace import Pace, learning_rates
+from poet_peft.rotation import Orthogonality, Rotation
+from poet_peft.weights.residual import join
 
 
 def matrices(*shape, seed=0):
@@ -166,19 +168,75 @@ def test_rms_angle_of_a_side_is_that_of_its_planes():
     assert d.diagnose(model).layers[0].sides[0].rms_angle == pytest.approx(expected, rel=1e-5)
 
 
+def test_trace_of_a_side_is_that_of_its_matrix():
+    model = wrap(llama(num_hidden_layers=1), "exact_cayley")  # 48 features in blocks of 20, 20 and 8
+    rotation = next(layer for _, layer in poet_layers(model)).rotations("default")[0]
+    rotation.weight.data[-28:] += 0.3  # those of the smallest block
+    R = reference.rotate(torch.eye(48), (rotation.index, rotation().blocks().deltas))
+    assert d.diagnose(model).layers[0].sides[0].trace == pytest.approx(float(R.trace()) / 48, rel=1e-5)
+
+
+@pytest.mark.parametrize(("R", "P", "drift"), [(0.19, 0.36, 1 - 0.9 * 0.8), (8.0, 3.0, 3 * 2 - 1)])
+def test_drift_is_what_both_sides_together_allow_singular_values(R, P, drift, monkeypatch):
+    bounds = {"R": R, "P": P}
+    monkeypatch.setattr(Rotation, "orthogonality", lambda rotation: Orthogonality(0.0, bounds[rotation.side]))
+    measured = d.diagnose(wrap(llama(num_hidden_layers=1))).layers[0]
+    assert measured.spectral_drift == pytest.approx(drift)
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.9}, {}], ids=["SGD", "AdamW"])
+def test_momentum_cosine_is_that_of_the_optimizer_and_the_gradient(settings):
+    model = wrap(llama(num_hidden_layers=1))
+    weight = next(layer for _, layer in poet_layers(model)).poet_R["default"].weight
+    optimizer = (torch.optim.SGD if settings else torch.optim.AdamW)([weight], lr=1e-3, **settings)
+    first = []
+    handle = weight.register_post_accumulate_grad_hook(lambda weight: first.append(weight.grad.clone()))
+    step(model, optimizer)
+    handle.remove()
+    model(input_ids=tokens(seed=2), labels=tokens(seed=2)).loss.backward()
+    expected = float(torch.cosine_similarity(first[0], weight.grad, dim=0))
+    assert d.diagnose(model, optimizer=optimizer).layers[0].sides[0].momentum_cosine == pytest.approx(expected)
+    assert expected < 0.9
+
+
+def test_clamped_share_is_of_the_rotations_with_a_law():
+    laws = [{"radians": 0.2, "max_radians": 0.1}, {"radians": 0.1, "max_radians": 0.1}, {"radians": 0.2}]
+    groups = [{"params": [torch.zeros(1) for _ in range(n)], **law} for n, law in zip((3, 1, 4), laws, strict=True)]
+    model = wrap(llama(num_hidden_layers=1))
+    assert d.diagnose(model, optimizer=torch.optim.SGD(groups, lr=1.0)).clamped_share == 0.75
+
+
 def test_rms_singular_value_agrees_with_numpy():
     W = matrices(2, 7, 5)
     expected = np.sqrt((np.linalg.svd(W.numpy(), compute_uv=False) ** 2).mean(-1))
     np.testing.assert_allclose(measures.rms_singular_value(W).numpy(), expected)
 
 
-def test_exact_singular_values_are_quantiles_of_the_rotated_weight():
-    model = wrap(llama(num_hidden_layers=1), "block_stochastic")
+def test_exact_measures_are_of_the_singular_values_of_the_rotated_weight():
+    model = wrap(llama(num_hidden_layers=1), "block_stochastic", adaptive_terms=False)
     layer = next(layer for _, layer in poet_layers(model))
-    s = np.linalg.svd(layer.rotated_weight(["default"]).detach().numpy(), compute_uv=False)
+    for rotation in layer.rotations("default"):
+        rotation.weight.data *= 10  # so far that the series is not orthogonal, and the spectrum moves
+    before, s = (
+        np.linalg.svd(W.detach().double().numpy(), compute_uv=False)
+        for W in (layer.get_base_layer().weight, layer.rotated_weight(["default"]))
+    )
+    change, p = abs(s - before) / before, s**2 / (s**2).sum()
     measured = d.diagnose(model, exact=True).layers[0]
     assert measured.singular_values == pytest.approx(np.quantile(s, [0, 0.25, 0.5, 0.75, 1]), rel=1e-4)
     assert measured.spectral_norm == pytest.approx(s.max(), rel=1e-5)
+    assert measured.entropy == pytest.approx(-(p * np.log(p)).sum() / np.log(48), rel=1e-5)
+    assert change.max() > 2 * np.median(change) > 1e-3
+    found = measured.largest_change, measured.median_change
+    assert found == pytest.approx((change.max(), np.median(change)), rel=1e-2)
+
+
+def test_what_rounding_a_16_bit_weight_left_over_is_measured_too():
+    model = wrap(llama(num_hidden_layers=1).bfloat16(), "periodic")
+    merge_and_reinitialize(model)
+    layer = next(layer for _, layer in poet_layers(model))
+    s = torch.linalg.svdvals(join(layer.get_base_layer().weight, layer.residual))  # the fold left the identity
+    assert d.diagnose(model, exact=True).layers[0].singular_values[0] == pytest.approx(float(s[-1]), rel=1e-4)
 
 
 def test_histogram_counts_every_plane_up_to_the_largest_angle():

@@ -13,6 +13,7 @@ from test_trainer import llama, trainer_of
 
 from poet_peft import POETCallback
 from poet_peft.diagnostics_file import read_diagnostics
+from poet_peft.layer import poet_layers
 
 
 FILE = "poet_diagnostics.jsonl"
@@ -80,11 +81,29 @@ def test_a_new_run_begins_the_file_anew(tmp_path):
     assert steps_of(tmp_path) == [2]
 
 
-def test_a_layer_out_of_range_is_named_once(tmp_path):
-    callback = POETCallback(diagnostics_every=1, max_angle=1e-6)
-    with pytest.warns(UserWarning, match=r"the angle of '.*q_proj'") as caught:
-        trainer_of(wrap(llama()), tmp_path, callback, max_steps=2).train()
-    assert sum("the angle of" in str(w.message) and "q_proj" in str(w.message) for w in caught) == 1
+@pytest.mark.parametrize(
+    ("what", "limits", "config"),
+    [
+        ("angle", {"max_angle": 1e-6}, {}),
+        ("orthogonality error", {"max_orthogonality_error": 1e-12}, {}),
+        ("spectral drift", {"max_drift": 1e-12}, {}),
+        ("spectral drift", {}, {"max_drift": 1e-12}),
+    ],
+    ids=["angle", "orthogonality", "drift", "own drift"],
+)
+def test_a_layer_out_of_range_is_named_once(what, limits, config, tmp_path):
+    callback = POETCallback(diagnostics_every=1, **limits)
+    with pytest.warns(UserWarning, match=f"the {what} of '.*q_proj'") as caught:
+        trainer_of(wrap(llama(), **config), tmp_path, callback, max_steps=2).train()
+    assert sum(f"the {what} of" in str(w.message) and "q_proj" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize("side", ["poet_R", "poet_P"])
+def test_either_side_out_of_range_is_warned_of(side, tmp_path):
+    model = wrap(llama(), init_weights=True)
+    getattr(next(layer for _, layer in poet_layers(model)), side)["default"].weight.data.fill_(0.05)
+    with pytest.warns(UserWarning, match="the angle of '.*q_proj' is .* at step 1, above"):
+        trainer_of(model, tmp_path, POETCallback(diagnostics_every=1, max_angle=0.1), max_steps=1).train()
 
 
 def test_measuring_changes_no_bit_of_the_training(tmp_path):

@@ -113,6 +113,7 @@ def results(tmp_path, monkeypatch):
         (tmp_path / f"{method}.json").write_text(json.dumps(result(method, largest, probes=method != "adamw")))
     parts = {f"fully stochastic, 1/{n}": {"covered": [0.5, 1.0], "spread": [1.0, 1 / n]} for n in (2, 4, 8)}
     (tmp_path / "coverage.json").write_text(json.dumps(parts))
+    return tmp_path
 
 
 def test_page_says_what_the_runs_show(results):
@@ -127,6 +128,13 @@ def test_page_says_what_the_runs_show(results):
 
 def test_page_names_the_run_that_is_not_measured(results):
     assert 'Not measured yet: POET, recipe "ortho".' in report.section()
+
+
+def test_page_without_adamw_says_nothing_of_it(results):
+    (results / "adamw.json").unlink()
+    page = report.section()
+    assert "Not measured yet: AdamW and" in page and "POET keeps what the initial weights gave it" in page
+    assert not any("AdamW" in text_of(figures_data.read()) for *_, text_of in list(report.FIGURES.values())[2:5])
 
 
 def test_every_picture_of_the_page_is_drawn_of_the_runs(results):

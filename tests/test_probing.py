@@ -89,6 +89,23 @@ def test_saved_vectors_are_taken_up_by_the_same_training_only(tmp_path):
     merge_and_reinitialize(model)
     load_probes(model, tmp_path / "probes")  # of one fold, where there have been two
     assert set(cosines(model)) == {None}
+    probes = next(layer for _, layer in poet_layers(model)).poet_probes["default"]
+    merge_and_reinitialize(model)
+    assert probes.num_folds == 1
+
+
+def test_starting_again_keeps_the_vectors_of_what_was_folded():
+    model = small()
+    start_probing(model)
+    merge_and_reinitialize(model)
+    before = cosines(model)
+    start_probing(model)
+    assert cosines(model) == before
+
+
+def test_every_layer_and_side_has_vectors_of_its_own():
+    rotations = [rotation for _, layer in poet_layers(small()) for rotation in layer.rotations("default")]
+    assert len({tuple(_fixed_vectors(rotation)[0].tolist()) for rotation in rotations}) == len(rotations) == 14
 
 
 def test_missing_file_is_told(tmp_path):

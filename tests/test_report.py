@@ -2,6 +2,7 @@
 
 import html.parser
 import itertools
+import json
 import math
 import os
 import re
@@ -15,8 +16,8 @@ from test_trainer import trainer_of
 
 from poet_peft import POETCallback
 from poet_peft.report import write_report
-from poet_peft.report.charts import sections
-from poet_peft.report.run import Run
+from poet_peft.report.charts import _QUANTILES, sections
+from poet_peft.report.run import Run, read_run
 from poet_peft.report.svg import heat_map, line_chart
 from poet_peft.report.verdict import verdict
 
@@ -133,25 +134,26 @@ def titles(*runs):
 
 
 OUT_OF_RANGE = {
-    "drift": (layer(drift=0.02), "singular values may change by 2 %"),
-    "angle": (layer(angle=math.pi * 0.75), "turned by 135 degrees"),
-    "orthogonality": (layer(error=0.06), "0.06 from orthogonal"),
-    "not finite": (layer(drift=None), "not finite"),
+    "drift": (layer(drift=0.02), "singular values may change by 2 %", "shorten merge_interval"),
+    "angle": (layer(angle=math.pi * 0.75), "turned by 135 degrees", "shorten merge_interval"),
+    "orthogonality": (layer(error=0.06), "0.06 from orthogonal", "adaptive_terms=True"),
+    "not finite": (layer(drift=None), "not finite", "an earlier checkpoint"),
 }
 
 
-@pytest.mark.parametrize(("broken", "says"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
-def test_first_layer_out_of_range_is_named_with_its_step(broken, says):
+@pytest.mark.parametrize(("broken", "says", "remedy"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_first_layer_out_of_range_is_named_with_its_step_and_a_remedy(broken, says, remedy):
     broken = {**broken, "name": "model.layers.3.up_proj"}
     run = Run("run", diagnostics=[line(1, layer()), line(2, layer(), broken), line(3, broken)])
     run.config = {"max_drift": 0.01}
     (text,) = bad(run)
-    assert says in text and "model.layers.3.up_proj" in text and "at step 2" in text
+    assert says in text and "model.layers.3.up_proj" in text and "at step 2" in text and remedy in text
 
 
 def test_run_in_range_is_praised():
     run = Run("run", diagnostics=[line(step, layer(rms_singular_value=1.0)) for step in (1, 2)])
     assert [sentence.kind for sentence in verdict(run)] == ["note", "good", "good"]
+    assert "singular values by at most 0.001 %" in verdict(run)[-1].text
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_last_step_and_settings_are_those_of_the_last_start():
 def test_runs_of_one_name_are_numbered_and_what_is_missing_is_said(runs, tmp_path):
     text = write_report([runs / "adapter", runs / "adapter"], tmp_path / "new" / "report.html").read_text("utf-8")
     assert "adapter (1)" in text and "adapter (2)" in text
-    assert "Not found here: trainer_state.json" in text
+    assert "Not found here: trainer_state.json, poet_diagnostics.jsonl." in text
 
 
 def test_loss_that_rose_and_loss_that_broke_are_told():
@@ -199,6 +201,90 @@ def test_rotations_folded_after_every_step_have_no_charts_of_angles():
     assert "Largest angle of a fold (degrees)" in titles(run)
     assert not any("angle" in title.lower() and "fold" not in title for title in titles(run))
     assert any("folded into the weights after every step" in sentence.text for sentence in verdict(run))
+
+
+@pytest.mark.parametrize(
+    ("interval", "folded", "step", "kind", "says"),
+    [
+        (1, 0.01, 2, "note", "after every step"),
+        (4, 0.01, 2, "note", "right after folds"),
+        (4, 0.0, 1, "note", "before the first step"),
+        (0, None, 2, "bad", "turned nothing"),
+    ],
+)
+def test_rotations_that_were_the_identity_are_told_with_the_reason(interval, folded, step, kind, says):
+    log = [] if folded is None else [{"step": step, "poet/max_rotation_angle": folded}]
+    run = Run("run", log=log, diagnostics=[line(step, layer(angle=0.0))], config={"merge_interval": interval})
+    last = verdict(run)[-1]
+    assert last.kind == kind and says in last.text
+
+
+def test_newest_checkpoint_and_the_results_of_trainer_are_read(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"max_steps": {step}}}')
+    (tmp_path / "all_results.json").write_text('{"eval_loss": 1.0}')
+    run = read_run(tmp_path)
+    assert run.max_steps == 10 and run.metrics == {"eval_loss": 1.0}
+
+
+def test_loss_of_trainer_comes_before_that_of_an_own_loop():
+    assert Run("run", log=[{"step": 1, "loss": 2.0}], diagnostics=[line(1, loss=3.0)]).losses() == [(1.0, 2.0)]
+
+
+def test_page_has_the_last_peak_of_memory_and_no_markup_of_names_or_settings(tmp_path):
+    folder = tmp_path / "<b>run"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"target_modules": "<i>q_proj"}')
+    rows = [json.dumps(line(step, peak_memory=peak)) for step, peak in [(1, 1e6), (2, 3e6)]]
+    (folder / "poet_diagnostics.jsonl").write_text("\n".join(rows))
+    text = write_report([folder], tmp_path / "report.html").read_text("utf-8")
+    assert "<b>" not in text and "<i>" not in text and "&lt;b&gt;run" in text and "&lt;i&gt;q_proj" in text
+    assert re.search(r"peak memory \(MB\)</td><td>3<", text)
+
+
+def chart_of(run, title):
+    return next(chart for charts in sections([run]).values() for chart in charts if chart.title == title)
+
+
+def test_perplexity_and_memory_are_drawn_in_their_units():
+    run = Run("run", log=[{"step": step, "eval_loss": loss} for step, loss in [(1, 1.0), (2, math.log(2))]])
+    run.diagnostics = [line(step, peak_memory=1e8 * step) for step in (1, 2)]
+    for title, points in {
+        "Perplexity of the evaluation": [(1.0, math.e), (2.0, 2.0)],
+        "Peak memory so far (MB)": [(1.0, 100.0), (2.0, 200.0)],
+    }.items():
+        assert chart_of(run, title).svg == line_chart(title, [("run", points)])
+
+
+def test_singular_values_are_drawn_as_means_over_the_layers():
+    spectra = [[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 4.0, 5.0, 6.0, 7.0]]
+    run = Run("run", diagnostics=[line(1, *(layer(singular_values=values) for values in spectra))])
+    means = [(name, [(1.0, value)]) for name, value in zip(_QUANTILES, [2.0, 3.0, 4.0, 5.0, 6.0], strict=True)]
+    title = "Singular values of run"
+    assert chart_of(run, title).svg == line_chart(title, means, log=True)
+
+
+def test_map_has_the_degrees_of_the_last_measurement_by_number_of_the_layer():
+    names = [f"model.layers.{number}.q_proj" for number in (10, 9)]
+    lines = [line(step, *(layer(name, angle) for name in names)) for step, angle in [(1, 0.1), (2, math.pi / 4)]]
+    run = Run("run", diagnostics=[row | {"summary": {"max_angle": 1.0}} for row in lines])
+    svg = chart_of(run, "Largest angle by layer, output side R").svg
+    assert re.findall("<title>(.*?)</title>", svg) == ["9 q_proj: 45°", "10 q_proj: 45°"]
+
+
+def test_cells_of_a_map_have_their_own_value_and_larger_ones_are_darker():
+    values = {("0", "a"): 1.0, ("0", "b"): 2.0, ("1", "a"): 3.0, ("1", "b"): 4.0}
+    cells = re.findall(
+        r'fill-opacity="([\d.]+)"><title>(.*?)</title>', heat_map("map", "°", ["0", "1"], ["a", "b"], values)
+    )
+    assert [title for _, title in cells] == ["0 a: 1°", "0 b: 2°", "1 a: 3°", "1 b: 4°"]
+    assert [opacity for opacity, _ in cells] == sorted({opacity for opacity, _ in cells})
+
+
+def test_points_that_are_not_finite_are_left_out():
+    points = [(0, 1.0), (1, math.nan), (2, math.inf), (3, 2.0)]
+    assert line_chart("chart", [("run", points)]) == line_chart("chart", [("run", [points[0], points[3]])])
 
 
 def test_probes_are_drawn_where_they_were_measured():

@@ -208,14 +208,19 @@ FOLD_KEYS = {
 }
 
 
-def test_log_history_has_each_fold_at_its_own_step(tmp_path):
-    model = wrap(llama(), "periodic", merge_interval=4)
+@pytest.mark.parametrize(
+    ("merge_interval", "logged_at"),
+    [(4, {4: 1, 8: 2}), (2, {3: 1, 6: 3, 9: 4})],
+    ids=["rarer than logs", "more often"],
+)
+def test_log_history_has_each_fold_at_its_own_step_or_the_next_log(tmp_path, merge_interval, logged_at):
+    model = wrap(llama(), "periodic", merge_interval=merge_interval)
     trainer = trainer_of(model, tmp_path, POETCallback(), logging_steps=3)
     trainer.train()
     logged = {
         entry["step"]: entry["poet/num_reinits"] for entry in trainer.state.log_history if "poet/num_reinits" in entry
     }
-    assert logged == {4: 1, 8: 2}
+    assert logged == logged_at
 
 
 def test_attached_callback_reports_folds_to_the_callbacks_that_report(tmp_path):
@@ -299,6 +304,13 @@ def test_clip_is_tight_after_a_reinitialisation_and_grows_back(tmp_path, ramp, i
         gradient_accumulation_steps=accumulation,
     )
     assert norms == pytest.approx([fraction * CLIP for fraction in fractions], rel=1e-3)
+
+
+def test_clip_is_that_of_the_layer_reinitialised_last(tmp_path):
+    model = wrap(llama(), "pretraining", merge_interval=4)
+    next(layer for _, layer in poet_layers(model)).advance("default", num_steps=4)
+    norms = norms_seen_by_the_optimizer(model, tmp_path, POETCallback(2), max_grad_norm=CLIP, max_steps=1)
+    assert norms == pytest.approx([CLIP / 3], rel=1e-3)
 
 
 def test_default_ramp_is_ten_steps(tmp_path):

@@ -73,6 +73,9 @@ def text_of_spectra(runs):
 
 
 def text_of_norms(runs):
+    kept = "POET keeps what the initial weights gave it, the same for all layers of one shape."
+    if "adamw" not in runs:
+        return kept
     run = runs["adamw"]
     growth = {kind: largest(run, -1, [kind]) / largest(run, 0, [kind]) for kind in KINDS}
     most, least = max(growth, key=growth.get), min(growth, key=growth.get)
@@ -80,21 +83,21 @@ def text_of_norms(runs):
     return (
         f"AdamW multiplies the spectral norm by {growth[most]:.1f} in `{most}` and by {growth[least]:.1f} in "
         f"`{least}`, and the stable rank of the query and key projections falls from {ranks[0]:.0f} to "
-        f"{ranks[1]:.1f}; POET keeps what the initial weights gave it, the same for all layers of one shape."
+        f"{ranks[1]:.1f}; {kept}"
     )
 
 
 def text_of_entropy(runs):
-    return (
-        f"{_ends(runs, 'entropy', 3)}: POET keeps it, as in the paper (figure 6), and AdamW lowers it until its "
-        "learning rate has decayed."
-    )
+    adamw = ", and AdamW lowers it until its learning rate has decayed" if "adamw" in runs else ""
+    return f"{_ends(runs, 'entropy', 3)}: POET keeps it, as in the paper (figure 6){adamw}."
 
 
 def text_of_energy(runs):
+    kept = f"{_ends(runs, 'energy', 4)}: POET's stays at what random rows have, as the paper derives (appendix B)"
+    if "adamw" not in runs:
+        return f"{kept}."
     return (
-        f"{_ends(runs, 'energy', 4)}: POET's stays at what random rows have, as the paper derives (appendix B), and "
-        f"with AdamW it rises, in the query and key projections to "
+        f"{kept}, and with AdamW it rises, in the query and key projections to "
         f"{mean(runs['adamw'], 'energy', -1, ['q_proj', 'k_proj']):.4f}; on this scale both changes are small."
     )
 

@@ -57,7 +57,7 @@ def options(
     pass
 
 
-@app.command()
+@app.command(short_help="write one HTML page about training runs")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="directories of runs, shown side by side")],
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("report.html"),
@@ -74,7 +74,7 @@ def report(
     print(write_report(runs, output))
 
 
-@app.command()
+@app.command(short_help="say what lies in a directory, and whether it is whole")
 def inspect(
     path: Annotated[Path, typer.Argument(help="directory of an adapter, a checkpoint or a merged model")],
     rows: Rows = 10,
@@ -97,7 +97,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="merge an adapter into its base model")
 def merge(
     adapter: Annotated[Path, typer.Argument(help="directory of the adapter or checkpoint")],
     out: Annotated[Path, typer.Argument(help="new directory for the model")],
@@ -136,7 +136,7 @@ def merge(
         print(f"uploaded to {push_to_hub}")
 
 
-@app.command()
+@app.command(short_help="say where and how far two adapters turn a model apart")
 def diff(
     one: Annotated[Path, typer.Argument(help="directory of an adapter or checkpoint")],
     other: Annotated[
@@ -156,13 +156,14 @@ def diff(
         _print_json(result)
         return
     print(f"{one} against {other or 'its base model'}")
-    print(f"largest angle {_angle(result['largest'])}, root mean square {_angle(result['rms'])}")
+    since = "" if result["weight"] is None else ", of the rotations not yet folded"
+    print(f"largest angle {_angle(result['largest'])}, root mean square {_angle(result['rms'])}{since}")
     if result["weight"] is not None:
         print(f"weights R W P: at most {result['weight']:.3g} of their norm apart")
     _print_angles(result["layers"], rows)
 
 
-@app.command()
+@app.command(short_help="check this installation: the start of a bug report")
 def doctor(
     with_compile: Annotated[bool, typer.Option("--compile", help="also try torch.compile, up to a minute")] = False,
     as_json: Json = False,
@@ -215,7 +216,8 @@ def _print_inspection(about: dict[str, Any], rows: int) -> None:
     }
     _print_lines({key: value for key, value in lines.items() if value is not None})
     if about.get("layers"):
-        print(f"{about['num_layers']} rotated layers")
+        since = ", turned since the last fold by" if state.get("num_folds") else ""
+        print(f"{about['num_layers']} rotated layers{since}")
         _print_angles(sorted(about["layers"], key=lambda entry: entry["largest"], reverse=True), rows)
 
 
@@ -236,7 +238,7 @@ def _print_angles(layers: list[dict[str, Any]], rows: int) -> None:
         table.add_row(*cells)
     _console().print(table)
     if len(shown) < len(layers):
-        print(f"... and {len(layers) - len(shown)} more sides, less far (--rows 0 shows all)")
+        print(f"... and {len(layers) - len(shown)} more sides, none further (--rows 0 shows all)")
 
 
 def _print_doctor(about: dict[str, Any]) -> None:

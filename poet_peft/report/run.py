@@ -25,7 +25,7 @@ class Run:
         config: of the adapter.
         metrics: of `metrics.json`.
         max_steps: of the run as planned, 0 if unknown.
-        missing: names of files that are not there or cannot be read.
+        missing: names of files that are not there or cannot be read, of those that every run with diagnostics leaves.
     """
 
     name: str
@@ -123,8 +123,8 @@ def read_run(folder: Path) -> Run:
         "adapter_config.json": run.config,
         "metrics.json": run.metrics,
     }
-    run.missing = [name for name, content in found.items() if not content]
-    if len(run.missing) == len(found):
+    run.missing = [name for name, content in found.items() if not content and name != "metrics.json"]
+    if not any(found.values()):
         raise FileNotFoundError(
             f"{str(folder)!r} has none of {', '.join(found)}. Pass the output folder of a run, or one of an adapter."
         )

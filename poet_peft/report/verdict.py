@@ -75,13 +75,27 @@ def _ranges(run: Run) -> Iterator[Sentence]:
         yield Sentence("bad", f"{where} held values that are not finite: go back to an earlier checkpoint.")
         return
     if layers and not any(_largest(layer, "max_angle") for _, layer in layers):
-        what = "All rotations were the identity when they were measured"
-        yield Sentence("note", f"{what}: they are folded into the weights after every step, see Folds.")
+        yield _of_identities(run)
+        return
     problems = list(_first_problems(run, layers))
     yield from problems
     if not problems:
         worst = _percent(max((layer["spectral_drift"] for _, layer in layers), default=0.0))
         yield Sentence("good", f"Rotations stayed in range: measured ones change singular values by at most {worst}.")
+
+
+def _of_identities(run: Run) -> Sentence:
+    """Why no measured rotation turned anything."""
+    what = "All rotations were the identity when they were measured"
+    interval = run.config.get("merge_interval")
+    is_folded = any(angle for _, angle in run.series("poet/max_rotation_angle"))
+    if interval == 1 or (interval is None and is_folded):
+        return Sentence("note", f"{what}: they are folded into the weights after every step, see Folds.")
+    if is_folded:
+        return Sentence("note", f"{what}, right after folds. Measure before the optimizer's step to see them.")
+    if run.last_step <= 1:
+        return Sentence("note", f"{what}, before the first step.")
+    return Sentence("bad", f"{what}: training turned nothing. Is the learning rate of the rotations 0?")
 
 
 def _first_problems(run: Run, layers: list[tuple[int, dict[str, Any]]]) -> Iterator[Sentence]:
@@ -108,7 +122,8 @@ def _problem(step: int, layer: dict[str, Any], what: str, remedy: str) -> Senten
 
 
 def _percent(part: float) -> str:
-    return f"{100 * part:.2g} %"
+    """For bounds: tiny ones are rounded up to what still reads well."""
+    return f"{max(100 * part, 1e-3):.2g} %"
 
 
 def _limit(run: Run) -> float:
