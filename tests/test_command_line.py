@@ -461,6 +461,11 @@ def test_json_is_all_that_is_printed(command, base, capsys):
     assert isinstance(json.loads(out), dict)
 
 
+def test_list_of_commands_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in run(capsys, "--help")[1].partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("command", ["report", "inspect", "merge", "diff", "doctor"])
 def test_help_has_an_example(command, capsys):
     code, out, _ = run(capsys, command, "--help")

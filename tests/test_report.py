@@ -344,6 +344,14 @@ def test_logarithmic_axis_leaves_out_zeros_and_has_equal_decades():
     assert len(heights) == 3 and heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("values", "texts"), [([0.2, 20.0], ["0.1", "1", "10", "100"]), ([1e-4, 0.1], ["1e-4", "1e-3", "1e-2", "1e-1"])]
+)
+def test_logarithmic_axis_has_plain_numbers_or_powers_of_ten(values, texts):
+    svg = line_chart("chart", [("run", list(enumerate(values)))], log=True)
+    assert re.findall(r'text-anchor="end">([^<]+)</text>', svg)[:-1] == texts
+
+
 def test_long_series_keep_their_spike():
     points = [(float(step), 1.0) for step in range(10_000)]
     points[5_003] = (5_003.0, 9.0)

@@ -144,9 +144,9 @@ class _Axes:
 
     def _text(self, tick: float) -> str:
         if self.log:
-            value = 10**tick
-            is_plain = 5e-3 < value < 2e3
-            return f"{value:.4g}" if is_plain else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+            if self.ticks[0] > -3 and self.ticks[-1] < 4:
+                return f"{10**tick:.4g}"
+            return f"{10**tick:.0e}".replace("e-0", "e-").replace("e+0", "e")
         step = (self.ticks[1] - self.ticks[0]) / 10.0**self.exponent
         decimals = next(n for n in range(9) if abs(step * 10**n - round(step * 10**n)) < 1e-6)
         return f"{tick / 10.0**self.exponent + 0.0:.{decimals}f}"
