@@ -189,7 +189,7 @@ class POETCallback(TrainerCallback):
         rates = self._pace.rates(step, int(state.num_input_tokens_seen))
         if state.is_world_process_zero:
             path = Path(args.output_dir) / DIAGNOSTICS_FILE
-            append_diagnostics(diagnostics, path, step, optimizer, **rates, **self._description)
+            append_diagnostics(diagnostics.as_dict(), path, step, optimizer, **rates, **self._description)
             self._description = {}
         numbers = diagnostics.summary() | rates | {"peak_memory": peak_memory()}
         numbers |= {f"learning_rate/{name}": rate for name, rate in learning_rates(optimizer).items()}

@@ -202,7 +202,7 @@ def log_diagnostics(
     """
     diagnostics = diagnose(model, exact=exact, optimizer=optimizer)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        append_diagnostics(diagnostics, path, step, optimizer, **numbers)
+        append_diagnostics(diagnostics.as_dict(), path, step, optimizer, **numbers)
     return diagnostics
 
 

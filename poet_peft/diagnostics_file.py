@@ -6,22 +6,18 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .pace import learning_rates, peak_memory
 
 
-if TYPE_CHECKING:
-    from .diagnostics import Diagnostics
-
-
 DIAGNOSTICS_FILE = "poet_diagnostics.jsonl"
 
 
 def append_diagnostics(
-    diagnostics: Diagnostics,
+    measures: dict[str, Any],
     path: str | Path,
     step: int,
     optimizer: torch.optim.Optimizer | None = None,
@@ -29,12 +25,12 @@ def append_diagnostics(
 ) -> None:
     """Append one line of JSON to a file, made with its folder where missing.
 
-    Beside the measures it has the peak memory of this process in bytes, and the learning rates of the optimizer's
-    groups by their names.
+    Beside the measures, `Diagnostics.as_dict()`, it has the peak memory of this process in bytes, and the learning
+    rates of the optimizer's groups by their names.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     line = {"step": step, "peak_memory": peak_memory(), "learning_rates": learning_rates(optimizer), **numbers}
-    text = json.dumps(finite(line) | diagnostics.as_dict()) + "\n"
+    text = json.dumps(finite(line) | measures) + "\n"
     with Path(path).open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -18,8 +18,7 @@ from .errors import POETFoldError
 from .layer import POETLayer, poet_layers
 from .ops import reference
 from .probing import turn_probes
-from .quick_fold import fold_moved_sides, is_quick
-from .rotation import Rotation
+from .quick_fold import FoldItem, fold_moved_sides, is_quick
 from .weights.sharded import check_checkpoints_hold_folds, check_sharding, reshard
 
 
@@ -57,18 +56,6 @@ class MergeReport:
     spectral_drift: float
     requantization_error: float
     num_states_reset: int
-
-
-class FoldItem(NamedTuple):
-    """One adapter of one layer that is to be folded, and whether it is reinitialised as well."""
-
-    layer: POETLayer
-    adapter: str
-    reinitialize: bool
-
-    @property
-    def rotations(self) -> list[Rotation]:
-        return self.layer.rotations(self.adapter)
 
 
 class _Measures(NamedTuple):

@@ -23,9 +23,8 @@ from .maths.blocks import partition_side
 from .ops import reference
 from .ops.sides import Side
 from .original import OriginalModel
-from .probing import Probes
 from .rotation import Rotation
-from .state import AdapterState, AdapterStates
+from .state import AdapterState, AdapterStates, Probes
 from .weights import base_weight_of
 from .weights.base import BaseWeight
 from .weights.layout import WeightLayout

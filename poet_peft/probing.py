@@ -10,41 +10,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .maths.blocks import SideName
+from .layer import POETLayer, poet_layers
 from .ops import reference
-
-
-if TYPE_CHECKING:
-    from .layer import POETLayer
-    from .rotation import Rotation
+from .rotation import Rotation
+from .state import Probes
 
 
 PROBES_FILE = "poet_probes.safetensors"
 
 _NUM_VECTORS = 8
-
-
-@dataclass
-class Probes:
-    """What an adapter's folds so far have made of the fixed vectors.
-
-    Attributes:
-        turned: by side, (num_vectors, dim), fp32.
-        num_folds: those that are in it. Where the adapter's state has another number, the vectors belong to another
-            training and are of no use.
-    """
-
-    turned: dict[SideName, Tensor]
-    num_folds: int = 0
 
 
 def start_probing(model: nn.Module) -> None:
@@ -126,8 +107,6 @@ def load_probes(model: nn.Module, path: str | Path) -> bool:
 
 
 def _layers(model: nn.Module) -> list[POETLayer]:
-    from .layer import poet_layers
-
     return [layer for _, layer in poet_layers(model)]
 
 

@@ -8,12 +8,13 @@ first step and in every hundredth.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import POETFoldError
+from .layer import POETLayer
 from .maths.blocks import MOST_ENTRIES, SideName, block_slices
 from .maths.orthogonal import OrthogonalMap, skew, small_rotation_delta
 from .probing import turn_probes
@@ -22,16 +23,24 @@ from .weights.residual import at_least_fp32
 from .weights.sharded import full
 
 
-if TYPE_CHECKING:
-    from .fold import FoldItem
-
-
 MEASURED_EVERY = 100
 
 _BLOWN_UP = 1e6
 # Bound of how far from orthogonal a block may be: three roundings of the fp32 weight that it is folded into at worst,
 # and far less of it on average.
 _SMALL = 4e-6
+
+
+class FoldItem(NamedTuple):
+    """One adapter of one layer that is to be folded, and whether it is reinitialised as well."""
+
+    layer: POETLayer
+    adapter: str
+    reinitialize: bool
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        return self.layer.rotations(self.adapter)
 
 
 def is_quick(item: FoldItem) -> bool:

@@ -1,12 +1,14 @@
-"""`AdapterState`: what an adapter remembers of a layer beside its rotations, saved and loaded with them."""
+"""What an adapter remembers of a layer beside its rotations: `AdapterState`, which its files hold, and `Probes`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .maths.blocks import SideName
 from .maths.orthogonal import Cayley, OrthogonalMap
 from .weights.layout import WeightLayout
 
@@ -81,3 +83,17 @@ class AdapterStates:
         state = state._replace(**{name: getattr(state, name) + number for name, number in counters.items()})
         self._states[adapter_name] = (tensor, tensor._version, state)
         return state
+
+
+@dataclass
+class Probes:
+    """What an adapter's folds so far have made of the fixed vectors of `probing`.
+
+    Attributes:
+        turned: by side, (num_vectors, dim), fp32.
+        num_folds: those that are in it. Where the adapter's state has another number, the vectors belong to another
+            training and are of no use.
+    """
+
+    turned: dict[SideName, Tensor]
+    num_folds: int = 0
