@@ -184,12 +184,16 @@ def measure_choices(device, dtype, sizes, measured):
 # Layers
 
 
+def settings_of(device, dtype, **others):
+    """What the commands for layers and models take from their flags."""
+    return argparse.Namespace(device=device, dtype=str(dtype).removeprefix("torch."), seed=0, **others)
+
+
 def measure_layers(device, dtype, sizes):
     """Every method on every shape, by `layer.py`."""
-    settings = argparse.Namespace(
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-        seed=0,
+    settings = settings_of(
+        device,
+        dtype,
         methods=sizes.methods,
         min_rounds=min(5, sizes.rounds),
         max_rounds=sizes.rounds,
@@ -214,10 +218,9 @@ def measure_layers(device, dtype, sizes):
 
 def measure_steps(device, dtype, sizes):
     """Whole steps of every method, in turn: memory, and seconds over those of training in full."""
-    settings = argparse.Namespace(
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-        seed=0,
+    settings = settings_of(
+        device,
+        dtype,
         vocab_size=sizes.vocab_size,
         batch_size=sizes.batch_size,
         seq_length=sizes.seq_length,

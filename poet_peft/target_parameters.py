@@ -80,25 +80,20 @@ def check_target_parameters(model: nn.Module, config: POETConfig) -> list[str]:
 
 def _check_like_other_adapters(model: nn.Module, names: Collection[str]) -> None:
     """Refuse other parameters of a module than its other adapters rotate: they could not be loaded without these."""
+    theirs: dict[tuple[str, str], set[str]] = {}
     for module in model.modules():
-        if not isinstance(module, ParamWrapper) or module.setting != "target_parameters":
-            continue
-        owner = module.module_name.rpartition(".")[0]
+        if isinstance(module, ParamWrapper) and module.setting == "target_parameters":
+            for adapter in module.poet_config:
+                owner = module.module_name.rpartition(".")[0]
+                theirs.setdefault((adapter, owner), set()).add(module.module_name)
+    for (adapter, owner), others in theirs.items():
         mine = {name for name in names if name.rpartition(".")[0] == owner}
-        for adapter in module.poet_config:
-            theirs = {
-                other.module_name
-                for other in model.modules()
-                if isinstance(other, ParamWrapper)
-                and adapter in other.poet_config
-                and other.module_name.rpartition(".")[0] == owner
-            }
-            if mine and mine != theirs:
-                raise ValueError(
-                    f"the adapter {adapter!r} rotates {', '.join(sorted(theirs))}, and target_parameters names "
-                    f"{', '.join(sorted(mine))}: the adapters of a model must rotate the same parameters of a module, "
-                    "since a file could not be loaded otherwise. Name the same ones."
-                )
+        if mine and mine != others:
+            raise ValueError(
+                f"the adapter {adapter!r} rotates {', '.join(sorted(others))}, and target_parameters names "
+                f"{', '.join(sorted(mine))}: the adapters of a model must rotate the same parameters of a module, "
+                "since a file could not be loaded otherwise. Name the same ones."
+            )
 
 
 def reach_experts(model: nn.Module, config: POETConfig, requested: set[str] | str | None) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .text import table
+from .text import table, trained_adapter
 
 
 RESULT = Path(__file__).parents[1] / "results" / "lora-conversion.json"
@@ -11,7 +11,6 @@ RESULT = Path(__file__).parents[1] / "results" / "lora-conversion.json"
 
 def section():
     result = json.loads(RESULT.read_text())
-    training = result["training"]
     rows = [
         [
             name_of(row),
@@ -22,11 +21,8 @@ def section():
         ]
         for row in result["rows"]
     ]
-    batch, steps = training["per_device_train_batch_size"], training["max_steps"]
     return (
-        f"After {steps} steps of {batch} rows at {training['learning_rate']:g} radians a step, "
-        f"b = {training['block_size']:g}, seed {training['seed']}; "
-        f"on {result['eval_tokens']:,} held-out tokens and {result['prose_tokens']:,} tokens of prose.\n\n"
+        f"{trained_adapter(result)}\n\n"
         + table(["", "parameters", "squared change that is kept", "held-out loss", "perplexity of other prose"], rows)
         + "\n"
     )

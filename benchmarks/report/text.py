@@ -59,3 +59,14 @@ def method_name(key):
     }[kind]
     how = ["folded every step"] * every_step + ["memory-efficient"] * is_efficient
     return ", ".join([text, *how, *[phase] * bool(phase)])
+
+
+def trained_adapter(result):
+    """How an adapter was trained whose forms were measured, and on how much text."""
+    training = result["training"]
+    batch, steps = training["per_device_train_batch_size"], training["max_steps"]
+    return (
+        f"After {steps} steps of {batch} rows at {training['learning_rate']:g} radians a step, "
+        f"b = {training['block_size']:g}, seed {training['seed']}; "
+        f"on {result['eval_tokens']:,} held-out tokens and {result['prose_tokens']:,} tokens of prose."
+    )

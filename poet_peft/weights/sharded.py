@@ -12,6 +12,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
+WITHOUT_TENSOR_PARALLELISM = (
+    "Load the model without tp_plan, and shard it with FSDP2 (DistributedConfig(fsdp_size=...), or fully_shard)"
+)
+
+
 def full(x: Tensor) -> Tensor:
     """The whole tensor of one that may be sharded. Every process must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -98,11 +103,6 @@ def split_in_forward(weight: Tensor | None, gathered: Collection[int]) -> str | 
     return (
         f"split by tensor parallelism ({weight.placements} over {weight.device_mesh}), and a rotation needs all of it"
     )
-
-
-WITHOUT_TENSOR_PARALLELISM = (
-    "Load the model without tp_plan, and shard it with FSDP2 (DistributedConfig(fsdp_size=...), or fully_shard)"
-)
 
 
 def mesh_of(weight: Tensor | None) -> DeviceMesh | None:
