@@ -115,8 +115,8 @@ def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
 
 def _fold_delta(Q: Tensor, orthogonal_map: OrthogonalMap) -> Tensor:
     if orthogonal_map.is_orthogonal and Q.dtype != torch.float64:
-        delta, error = small_rotation_delta(Q)
-        if bool((error <= _SMALL).all()):
+        delta = small_rotation_delta(Q, _SMALL)
+        if delta is not None:
             return delta
     return orthogonal_map.fold_delta(Q, orthogonal_map.delta(Q))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .maths.blocks import MOST_ENTRIES, BlockPartition, SideName
-from .maths.newton_schulz import orthogonalize
+from .maths.newton_schulz import orthogonalize, product_dtype
 from .maths.orthogonal import skew, upper_triangle
 from .weights.residual import at_least_fp32
 from .weights.sharded import full, mesh_of, spread_like
@@ -213,9 +213,7 @@ def _orthogonalized(directions: Tensor, kind: _Kind, num_steps: int) -> Tensor:
     for start in range(first, last, batch_size):
         batch = slice(start, min(start + batch_size, last))
         Q = skew(directions[batch], kind.size)
-        if Q.device.type == "cuda" and Q.dtype == torch.float32:
-            Q = (Q / Q.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(Q.dtype).tiny)).bfloat16()
-        result[batch] = upper_triangle(orthogonalize(Q, num_steps))
+        result[batch] = upper_triangle(orthogonalize(Q.to(product_dtype(Q, num_steps)), num_steps))
     return result
 
 

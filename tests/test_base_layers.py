@@ -74,6 +74,13 @@ LAYERS = {
 for_every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
+@pytest.fixture(autouse=True)
+def without_compilation():
+    """transformers compiles what its BitNet layers call, which takes longer than all tests here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def wrapped(layer, theta=0.0, **overrides):
     model = wrap(OneLayer(layer), POETConfig(target_modules=["layer"], block_size=8, **overrides))
     randomize(model, theta)

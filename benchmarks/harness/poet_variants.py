@@ -1,12 +1,16 @@
-"""What the comparison tries beyond what the package has: other initial spectra, gains, decorrelated sides."""
+"""What the comparison tries beyond what the package has: other initial spectra, gains, angles by
+layer, decorrelated sides."""
+
+import math
 
 import torch
 
-from poet_peft import RotationMuon
+from poet_peft import AngleLaw, RotationMuon
 from poet_peft.layer import poet_layers
 from poet_peft.maths.orthogonal import skew, upper_triangle
 from poet_peft.ops.block_gradients import weight_centric
 from poet_peft.quick_fold import rotate_in_place
+from poet_peft.weights.initial import scale_of
 
 from .llama import targeted_layers
 
@@ -61,6 +65,18 @@ def _add_gain(layer, shape):
     layer.gain = torch.nn.Parameter(torch.zeros(shape))
     layer.register_forward_hook(lambda layer, inputs, y: y * (1 + layer.gain))
     return layer.gain
+
+
+class AnglesByLayer(AngleLaw):
+    """One angle, times a factor for the layers whose names match a pattern."""
+
+    def __init__(self, angle, factors):
+        super().__init__(max_angle=math.inf)
+        object.__setattr__(self, "angle", angle)
+        object.__setattr__(self, "factors", factors)
+
+    def radians(self, layer, side, lr, rms=None):
+        return self.angle * scale_of(layer.module_name, 1.0, self.factors)
 
 
 class DecorrelatedMuon(RotationMuon):

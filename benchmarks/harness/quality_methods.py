@@ -7,7 +7,7 @@ from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_pa
 from poet_peft.weights.initial import scale_of
 
 from .llama import PRESETS, llama, targeted_layers
-from .poet_variants import DecorrelatedMuon, add_gains, change_spectra
+from .poet_variants import AnglesByLayer, DecorrelatedMuon, add_gains, change_spectra
 
 
 # Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
@@ -119,6 +119,8 @@ def poet_ortho_adamw(model, run):
 
 def ortho_groups(model, run):
     angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}  # else the angle law
+    if angles := options(run, "variant").get("angles"):
+        angle = {"angle": AnglesByLayer(run.matrix_lr, angles)}
     return poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle, **options(run, "groups"))
 
 
