@@ -91,7 +91,7 @@ PARTS = {
     "blocks of 64": with_option("config.block_size", 64),
     "one block a side": with_option("config.block_size", 1024),
     "initial weights of one size": without_option("config.base_init_scale_pattern"),
-    "sides decorrelated by 0.25": with_option("variant.decorrelation", 0.25),
+    "sides decorrelated by 0.25": with_option("optimizer.decorrelation", 0.25),
     "a gain for each output": with_option("variant.gains", "output"),
     "a gain for each layer": with_option("variant.gains", "layer"),
     **{f"initial weights {name}": with_option("variant.spectra", name) for name in SPECTRA},

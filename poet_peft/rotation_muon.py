@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .decorrelation import pairs_of, without_overlap
 from .maths.blocks import MOST_ENTRIES, BlockPartition, SideName
 from .maths.newton_schulz import orthogonalize, product_dtype
 from .maths.orthogonal import skew, upper_triangle
@@ -17,8 +18,8 @@ from .weights.residual import at_least_fp32
 from .weights.sharded import full, mesh_of, spread_like
 
 
-_FOLDED_EVERY_STEP = {"momentum": 0.95, "nesterov": True, "alternate": True}
-_OTHERS = {"momentum": 0.9, "nesterov": False, "alternate": False}
+_FOLDED_EVERY_STEP = {"momentum": 0.95, "nesterov": True, "alternate": True, "decorrelation": 0.0}
+_OTHERS = {"momentum": 0.9, "nesterov": False, "alternate": False, "decorrelation": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class _Turn:
     partition: BlockPartition
     direction: Tensor
     angle: float
+    decorrelation: float
 
 
 class RotationMuon(torch.optim.Optimizer):
@@ -50,6 +52,8 @@ class RotationMuon(torch.optim.Optimizer):
             None = for rotations that are folded after every step.
         alternate: move only the output sides `R` in the first, third, ... step, and only the input sides `P` in the
             others. All momenta take every gradient. None = for rotations that are folded after every step.
+        decorrelation: share, of what both sides of a layer ask for alike, that a step leaves to the other side, from 0
+            to 1; see `decorrelation.without_overlap`. For rotations that are folded after every step. None = 0.
         num_newton_schulz_steps: of the orthogonalisation, see `maths.newton_schulz`.
         process_group: processes that train the same rotations with the same gradients, as under DDP, and share the
             orthogonalisation out among them; "world" = all processes. None: each does all of it. Sharded rotations
@@ -68,6 +72,7 @@ class RotationMuon(torch.optim.Optimizer):
         momentum: float | None = None,
         nesterov: bool | None = None,
         alternate: bool | None = None,
+        decorrelation: float | None = None,
         num_newton_schulz_steps: int = 4,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -75,6 +80,8 @@ class RotationMuon(torch.optim.Optimizer):
     ) -> None:
         if momentum is not None and not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} must lie in [0, 1).")
+        if decorrelation is not None and not 0 <= decorrelation <= 1:
+            raise ValueError(f"decorrelation={decorrelation} must lie in [0, 1].")
         if num_newton_schulz_steps < 1:
             raise ValueError(f"num_newton_schulz_steps={num_newton_schulz_steps} must be at least 1.")
         groups = [dict(group) if isinstance(group, dict) else group for group in groups]
@@ -83,12 +90,22 @@ class RotationMuon(torch.optim.Optimizer):
                 "RotationMuon needs the groups of poet_param_groups(model, lr=...), which say how the rotations are "
                 "cut into blocks."
             )
-        given = {"momentum": momentum, "nesterov": nesterov, "alternate": alternate}
+        given = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "alternate": alternate,
+            "decorrelation": decorrelation,
+        }
         given = {name: value for name, value in given.items() if value is not None}
         for group in groups:
             if "blocks" in group:
                 defaults = _FOLDED_EVERY_STEP if group["folds_every_step"] else _OTHERS
                 group.update({**defaults, **given, **group})
+                if group["decorrelation"] and not group["folds_every_step"]:
+                    raise ValueError(
+                        f"decorrelation={group['decorrelation']} compares the sides of a weight that has just been "
+                        "folded: set merge_interval=1 in the POETConfig, or leave it out."
+                    )
             if "radians" in group:
                 group["lr"] = group["radians"]
         self.process_group = process_group
@@ -152,7 +169,7 @@ class RotationMuon(torch.optim.Optimizer):
             step = self.state[parameter]["step"]
             if not group["alternate"] or _moves(side, int(step)):
                 direction = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                turns.append(_Turn(parameter, partition, direction, angle))
+                turns.append(_Turn(parameter, partition, direction, angle, group["decorrelation"]))
             step += 1
         return turns
 
@@ -172,9 +189,15 @@ class RotationMuon(torch.optim.Optimizer):
         for kind, blocks in by_kind.items():
             for (turn, _), update in zip(blocks, results[kind].split([len(t) for _, t in blocks]), strict=True):
                 updates[turn].append(update.flatten())
+        pairs = pairs_of(turn.parameter for turn in turns if turn.decorrelation)
         for turn, parts in updates.items():
+            update = torch.cat(parts)
+            pair = pairs.get(turn.parameter)
+            if pair is not None and "momentum_buffer" in self.state[pair.other.weight]:
+                momentum = self.state[pair.other.weight]["momentum_buffer"]
+                update = without_overlap(update, pair, momentum, turn.decorrelation)
             # A plane of singular value theta turns by 2 atan(theta).
-            turn.parameter.add_(spread_like(turn.parameter, torch.cat(parts)), alpha=-turn.angle / 2)
+            turn.parameter.add_(spread_like(turn.parameter, update), alpha=-turn.angle / 2)
 
     def _group_of(self, parameter: Tensor) -> dist.ProcessGroup | None:
         """The processes that share the orthogonalisation of a parameter out."""

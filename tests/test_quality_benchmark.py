@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -19,8 +20,6 @@ from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
 from benchmarks.report import quality as report
 from benchmarks.report import quality_runs
-from poet_peft.maths.orthogonal import skew
-from poet_peft.quick_fold import rotate_in_place
 
 
 START = Run("adamw", lr=1e-2, matrix_lr=1e-3, size="tiny", steps=4)
@@ -198,24 +197,13 @@ def test_gains_train(gains, tokens):
     assert layer.gain.abs().min() > 0
 
 
-@pytest.mark.parametrize("num_steps", [1, 2])  # the first turns R, the second P
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_decorrelated_step_changes_nothing_that_the_other_side_asks_for(share, num_steps, tokens):
-    options = {"variant.decorrelation": share, "config.block_size": 16}
-    run = replace(START, method="poet-ortho", options=options, lr=0.0, matrix_lr=1e-4)
-    model, (optimizer,) = build(run, tokens)
-    layer = targeted_layers(model)[0]
-    for _ in range(num_steps):
-        before = layer.base_layer.weight.clone()
-        model(input_ids=tokens.train[:4], labels=tokens.train[:4]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    idle = layer.rotations("default")[num_steps % 2]
-    ((triangles, size),) = idle.partition.split(optimizer.state[idle.weight]["momentum_buffer"])
-    asked = before.clone()
-    rotate_in_place(asked, idle.side, idle.index, [skew(triangles, size)])
-    cosine = torch.cosine_similarity((layer.base_layer.weight - before).flatten(), (asked - before).flatten(), dim=0)
-    assert (cosine.abs() < 1e-3) == (share == 1)
+def test_angles_follow_the_kind_of_layer(tokens):
+    options = {"variant.angles": {"q_proj|k_proj": 0.5}}
+    _, (optimizer,) = build(replace(START, method="poet-ortho", options=options, matrix_lr=0.02), tokens)
+    groups = [group for group in optimizer.param_groups if group["name"] == "poet"]
+    counts = Counter(group["radians"] for group in groups for _ in group["params"])
+    assert counts.keys() == {0.01, 0.02}
+    assert counts[0.02] / counts[0.01] == 5 / 2
 
 
 @pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])

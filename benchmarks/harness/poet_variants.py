@@ -1,15 +1,10 @@
-"""What the comparison tries beyond what the package has: other initial spectra, gains, angles by
-layer, decorrelated sides."""
+"""What the comparison tries beyond what the package has: other initial spectra, gains, angles by layer."""
 
 import math
 
 import torch
 
-from poet_peft import AngleLaw, RotationMuon
-from poet_peft.layer import poet_layers
-from poet_peft.maths.orthogonal import skew, upper_triangle
-from poet_peft.ops.block_gradients import weight_centric
-from poet_peft.quick_fold import rotate_in_place
+from poet_peft import AngleLaw
 from poet_peft.weights.initial import scale_of
 
 from .llama import targeted_layers
@@ -77,44 +72,3 @@ class AnglesByLayer(AngleLaw):
 
     def radians(self, layer, side, lr, rms=None):
         return self.angle * scale_of(layer.module_name, 1.0, self.factors)
-
-
-class DecorrelatedMuon(RotationMuon):
-    """`RotationMuon` whose step leaves out a share of what the other side of the layer asks for as well.
-
-    The generator `A_R` of one side changes the weight by `A_R W`, the momentum `M_P` of the other by `W M_P`. Seen
-    from `R` the latter is `g = W M_P W^T`, and the step takes `share * <A_R, g> / <g, g> * g` off `A_R`; for `P` the
-    same with `g = W^T M_R W`. Public notes of POET's authors, 2026. For folds after every step, at which rotations are
-    the identity, of one adapter.
-    """
-
-    def __init__(self, groups, model, share, **settings):
-        super().__init__(groups, **settings)
-        self.share = share
-        self.layer_of = {}
-        for _, layer in poet_layers(model):
-            R, P = layer.rotations("default")
-            self.layer_of |= {R.weight: (layer, R, P), P.weight: (layer, P, R)}
-
-    def _turn(self, turns, num_steps):
-        super()._turn(turns, num_steps)
-        for turn in turns:
-            layer, rotation, other = self.layer_of[turn.parameter]
-            momentum = self.state[other.weight]["momentum_buffer"]
-            seen = seen_from_other_side(layer.base_weight.read(), rotation, other, momentum)
-            seen /= seen.norm().clamp_min(torch.finfo(seen.dtype).tiny)
-            turn.parameter.sub_(seen, alpha=self.share * float(turn.parameter @ seen))
-
-
-def seen_from_other_side(weight, rotation, other, upper):
-    """The parameters of the generator of `rotation` that changes the weight most like the other side's does.
-
-    Args:
-        upper: the parameters of the other side's generator.
-    """
-    asked = weight.clone()
-    generators = [skew(triangles, size) for triangles, size in other.partition.split(upper)]
-    rotate_in_place(asked, other.side, other.index, generators)
-    sides = {rotation.side: rotation().blocks_at_identity()}
-    blocks_R, blocks_P = weight_centric(asked - weight, weight, sides.get("R"), sides.get("P"))
-    return torch.cat([upper_triangle(block).flatten() for block in [*blocks_R, *blocks_P]])

@@ -7,7 +7,7 @@ from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_pa
 from poet_peft.weights.initial import scale_of
 
 from .llama import PRESETS, llama, targeted_layers
-from .poet_variants import AnglesByLayer, DecorrelatedMuon, add_gains, change_spectra
+from .poet_variants import AnglesByLayer, add_gains, change_spectra
 
 
 # Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
@@ -107,8 +107,6 @@ def poet_ortho(model, run):
     if "gains" in variant:
         groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
     settings = {"betas": run.betas, **options(run, "optimizer")}
-    if "decorrelation" in variant:
-        return model, [DecorrelatedMuon(groups, model, variant["decorrelation"], **settings)]
     return model, [RotationMuon(groups, **settings)]
 
 

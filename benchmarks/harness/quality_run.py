@@ -42,7 +42,7 @@ class Run:
         base_init: initial weights of the linear layers, see `POETConfig`, or "usual", the model's own.
         options: a method's own settings, "config.NAME" of its PEFT configuration, "optimizer.NAME" of the optimizer of
             its linear layers, "groups.NAME" of `poet_param_groups`, "init.scale" and "init.scale_pattern" of the
-            initial weights of methods other than POET, "variant.NAME" (spectra, gains, decorrelation) of
+            initial weights of methods other than POET, "variant.NAME" (spectra, gains, angles) of
             `poet_variants`.
     """
 

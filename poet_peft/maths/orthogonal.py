@@ -201,8 +201,8 @@ def small_rotation_delta(Q: Tensor, tolerance: float) -> Tensor | None:
     `G = I + 2 Q + c Q^2` gives `G^T G = I + (4 - 2 c) Q^2 + c^2 Q^4`. With `c = 2 + 2 t`, `t` the mean of the squared
     singular values, the error is zero where they all are equal, and below `4 theta^4` everywhere; it is of either
     sign, so that over many folds singular values do not shrink. `G = I + 2 Q + 2 Q^2 + c Q^3 + e Q^4` leaves `e^2
-    theta^8` with `c = 4 - sqrt(8)`, `e = c^2 / 4`. They differ from `cayley(Q)` by about `2 theta^3` and `0.8 theta^3`,
-    and serve up to `theta = 0.1`.
+    theta^8` with `c = 4 - sqrt(8)`, `e = c^2 / 4`. They differ from `cayley(Q)` by about `2 theta^3` and
+    `0.8 theta^3`, and serve up to `theta = 0.1`.
 
     Args:
         Q: skew-symmetric, shape (num_blocks, n, n).

@@ -59,7 +59,7 @@ def build(kind, regime):
 def make_optimizer(model, regime):
     # A large eps: the step of a gradient that is only rounding is not the same in two ways to add up.
     if regime == "every_step":
-        return RotationMuon(poet_param_groups(model, lr=1e-2, angle=0.05), eps=1e-3)
+        return RotationMuon(poet_param_groups(model, lr=1e-2, angle=0.05), decorrelation=0.25, eps=1e-3)
     return torch.optim.AdamW(poet_param_groups(model, lr=1e-2, poet_lr=2e-2), eps=1e-3)
 
 
