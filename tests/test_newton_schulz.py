@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_orthogonal import for_both_dtypes, skew_by_hand
 
-from poet_peft.maths.newton_schulz import minimax_coefficients, orthogonalize
+from poet_peft.maths.newton_schulz import minimax_coefficients, orthogonalize, product_dtype
+from poet_peft.maths.orthogonal import skew, upper_triangle
 
 
 each_size = pytest.mark.parametrize("n", [2, 3, 8, 33])
@@ -79,3 +80,31 @@ def test_zero_stays_as_it_is():
     O = orthogonalize(Q)
     assert not O[1].any()
     torch.testing.assert_close(O[:1], orthogonalize(Q[:1]))
+
+
+def test_singular_values_come_near_one_in_16_bits():
+    Q = one_matrix(96, dtype=torch.float32).bfloat16()
+    values = torch.linalg.svdvals(skew(upper_triangle(orthogonalize(Q, num_steps=5)).float(), 96))
+    assert values.min() > 0.7
+    assert values.max() < 1.3
+
+
+HAS_BF16 = {"avx512_bf16": True, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "num_steps", "capabilities", "expected"),
+    [
+        (64, torch.float32, 5, HAS_BF16, torch.bfloat16),
+        (64, torch.float32, 5, {}, torch.float32),
+        (63, torch.float32, 5, HAS_BF16, torch.float32),
+        (64, torch.float32, 6, HAS_BF16, torch.float32),
+        (64, torch.float64, 5, HAS_BF16, torch.float64),
+    ],
+    ids=["fast", "no-instructions", "small-block", "many-steps", "float64"],
+)
+def test_products_are_in_16_bits_where_that_is_faster_and_precise_enough(
+    n, dtype, num_steps, capabilities, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert product_dtype(torch.zeros(1, n, n, dtype=dtype), num_steps) == expected

@@ -12,6 +12,7 @@ from poet_peft.maths.orthogonal import (
     cayley_neumann,
     cayley_neumann_delta,
     skew,
+    small_rotation_delta,
     upper_triangle,
 )
 from poet_peft.maths.spectrum import orthogonality_error, skew_norm, spectrum_bound
@@ -351,3 +352,31 @@ def test_series_of_a_large_angle_is_folded_as_it_is():
     Q = skew_of_norm(2, 0.1, dtype=torch.float32)[None]
     series = CayleyNeumann(3, adaptive=False)
     assert torch.equal(series.fold_delta(Q, series.delta(Q)), series.delta(Q))
+
+
+# Small rotations
+
+
+@pytest.mark.parametrize(("theta", "tolerance"), [(0.001, 1e-10), (0.05, 1e-10), (0.075, 1e-9)])
+def test_small_rotation_is_orthogonal_to_its_tolerance(theta, tolerance):
+    """The last two by two products: one leaves an error of theta^4, six hundred times as large and more."""
+    G = small_rotation_delta(skew_of_norm(8, theta)[None], tolerance) + torch.eye(8, dtype=torch.float64)
+    assert float((torch.linalg.svdvals(G).square() - 1).abs().max()) < tolerance
+
+
+def test_small_rotation_by_one_product_keeps_singular_values_where_all_planes_turn_alike():
+    G = small_rotation_delta(skew_of_norm(2, 0.03)[None], 4e-6) + torch.eye(2, dtype=torch.float64)
+    assert float((torch.linalg.svdvals(G) - 1).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize(("tolerance", "share"), [(1e-3, 2.01), (1e-8, 0.9)], ids=["one-product", "two-products"])
+def test_small_rotation_is_near_the_cayley_map(tolerance, share):
+    theta = 0.05
+    Q = skew_of_norm(8, theta)[None]
+    difference = small_rotation_delta(Q, tolerance) - cayley_delta(Q)
+    assert float(torch.linalg.matrix_norm(difference, 2)) < share * theta**3
+
+
+@pytest.mark.parametrize("theta", [0.2, float("nan")])
+def test_larger_rotation_is_left_to_the_map(theta):
+    assert small_rotation_delta(skew_of_norm(8, theta)[None], 4e-6) is None
