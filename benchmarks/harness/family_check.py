@@ -11,10 +11,8 @@
 """
 
 import copy
-import itertools
 import re
 import tempfile
-import time
 import warnings
 
 import torch
@@ -25,15 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from poet_peft import POETConfig
 from poet_peft.layer import poet_layers
 
-from .family_inputs import candidates
+from .family_build import NoInputsError, build, short
 from .left_out import REASONS
-from .tiny_configs import PLANS, tiny_config
+from .model_outputs import NoGradientError, backward, difference, has_gradient, in_double, values
 
 
 BLOCK_SIZE = 8
 LEARNING_RATE = 1e-2
-MAX_PARAMETERS = 40e6
-MAX_SECONDS = 20  # of computing, until no other size is tried
 TOLERANCE = 1e-4  # of what is computed in another order, in fp32
 ROUNDING = 2e-6  # of the same operations: products depend on where in memory a tensor begins
 SAME_OPERATIONS = ("start", "reload")
@@ -60,91 +56,6 @@ def check(family, overrides=None):
             where = where.tb_next
         place = f"{where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno}"
         return result | {"status": "fails", "message": f"{short(error)} ({place})"}
-
-
-class NoGradientError(RuntimeError):
-    """Nothing that trains had a part in the outputs."""
-
-
-class NoInputsError(Exception):
-    """The model was built, and no input that is known here fits it."""
-
-
-def build(family, overrides):
-    """A tiny model of the family with inputs that it takes.
-
-    Returns:
-        The model, in evaluation mode, keyword arguments of its forward, and what they are in words.
-
-    Raises:
-        NoInputsError: see there.
-        Exception: whatever transformers raises for the default configuration, or for all tiny ones.
-    """
-    start, first_error, was_built, best, tried = time.process_time(), None, False, None, []
-    for plan, shrink_images in itertools.product(PLANS, (True, False)):
-        if time.process_time() - start > MAX_SECONDS:
-            break
-        try:
-            config = tiny_config(family.config_class, plan, shrink_images, overrides)
-            if config.to_dict() in tried:
-                continue
-            tried.append(config.to_dict())
-            model = _random_model(family.model_class, config)
-        except Exception as error:
-            first_error = first_error or error
-            continue
-        if model is None:
-            first_error = first_error or MemoryError(f"more than {MAX_PARAMETERS / 1e6:.0f}M parameters")
-            continue
-        inputs, what, error = _inputs_for(model)
-        if inputs is None:
-            first_error = first_error if was_built else error
-        elif what != "text" or not family.is_multimodal:
-            return model, inputs, what
-        elif best is None:
-            best = model, inputs, what
-        was_built = True
-    if best is not None:
-        return best
-    if was_built:
-        raise NoInputsError(short(first_error))
-    raise first_error
-
-
-def _random_model(model_class, config):
-    """A model with random weights, none of them constant; None where it would be too large."""
-    try:
-        with torch.device("meta"):
-            num_parameters = sum(p.numel() for p in model_class(config).parameters())
-    except Exception:  # some compute with their weights while they are built
-        num_parameters = 0
-    if num_parameters > MAX_PARAMETERS:
-        return None
-    torch.manual_seed(0)
-    model = model_class(copy.deepcopy(config)).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # A rotation of zeros has no effect, and a gate of zero hides what is behind it.
-            if (
-                parameter.is_floating_point()
-                and parameter.numel()
-                and bool((parameter == parameter.flatten()[0]).all())
-            ):
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def _inputs_for(model):
-    first_error = None
-    for what, inputs in candidates(model):
-        try:
-            base = values(model, inputs)
-        except Exception as error:
-            first_error = first_error or error
-            continue
-        if base and all(bool(torch.isfinite(tensor).any()) for tensor in base):
-            return inputs, what, None
-    return None, None, first_error or NotImplementedError("no input is known for its forward")
 
 
 def check_model(model, inputs, task_type=None):
@@ -199,13 +110,6 @@ def check_model(model, inputs, task_type=None):
             result["unchanged model"] = difference(reloaded(base, f"{folder}/base", inputs), expected)
     result["status"], result["message"] = verdict(result)
     return result
-
-
-def in_double(inputs):
-    return {
-        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
 
 
 def is_within(errors):
@@ -290,83 +194,10 @@ def weights_that_train(model, inputs):
     return trained | {name.removesuffix(".weight") for name in trained}
 
 
-def backward(model, inputs):
-    """Gradients of the loss in evaluation mode, which is without dropout, or in training mode if the model insists."""
-    try:
-        loss_of(outputs(model, inputs)).backward()
-    except AssertionError:
-        loss_of(outputs(model.train(), inputs)).backward()
-        model.eval()
-
-
-def has_gradient(parameter):
-    return parameter.grad is not None and bool(parameter.grad.any())
-
-
 def rotations_of(layer):
     return [p for name, p in layer.named_parameters() if ("poet_R" in name or "poet_P" in name) and p.numel()]
-
-
-def outputs(model, inputs):
-    """All tensors of floating-point numbers that the model gives, from one seed."""
-    torch.manual_seed(0)
-    return list(tensors(model(**inputs)))
-
-
-def tensors(value):
-    if torch.is_tensor(value):
-        if value.is_floating_point() and value.numel():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
-
-
-@torch.no_grad()
-def values(model, inputs):
-    """`outputs`, to be compared."""
-    return [tensor.clone() for tensor in outputs(model, inputs)]
-
-
-def loss_of(found):
-    """A number in which every output has a weight of its own, so that no normalisation makes it a constant."""
-    generator = torch.Generator().manual_seed(2)
-    total = 0
-    for tensor in found:
-        if tensor.requires_grad:
-            weight = torch.randn(tensor.shape, generator=generator) / tensor.numel() ** 0.5
-            total = total + (torch.where(torch.isfinite(tensor), tensor, 0) * weight).sum()
-    if not torch.is_tensor(total):
-        raise NoGradientError("no output has a gradient")
-    return total
-
-
-def difference(actual, expected):
-    """The largest relative difference of an output, inf where their shapes or what is finite in them differ."""
-    if [t.shape for t in actual] != [t.shape for t in expected]:
-        return float("inf")
-    largest = 0.0
-    for a, b in zip(actual, expected, strict=True):
-        if torch.equal(a, b):
-            continue
-        finite = torch.isfinite(b)
-        if not torch.equal(finite, torch.isfinite(a)):
-            return float("inf")
-        a, b = a[finite].double(), b[finite].double()
-        largest = max(largest, float((a - b).norm() / b.norm().clamp_min(1e-30)))
-    return largest
 
 
 def reloaded(model, folder, inputs):
     """Outputs of the model that transformers alone loads from the folder."""
     return values(type(model).from_pretrained(folder).eval(), inputs)
-
-
-def short(error, length=300):
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, ValueError | RuntimeError | NoInputsError):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= length else text[: length - 3] + "..."
