@@ -15,7 +15,7 @@ from benchmarks import quality
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
 from benchmarks.harness.llama import targeted_layers
 from benchmarks.harness.quality_methods import METHODS, build, newton_schulz_of_muon
-from benchmarks.harness.quality_run import BATCH_SIZE, Run, batches, measure, schedule
+from benchmarks.harness.quality_run import BATCH_SIZE, Run, _train, batches, measure, schedule
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
 from benchmarks.report import quality as report
@@ -204,6 +204,17 @@ def test_angles_follow_the_kind_of_layer(tokens):
     counts = Counter(group["radians"] for group in groups for _ in group["params"])
     assert counts.keys() == {0.01, 0.02}
     assert counts[0.02] / counts[0.01] == 5 / 2
+
+
+def test_angles_follow_a_power_of_the_schedule(tokens):
+    last = schedule(1, replace(START, steps=2))
+    for power in (1, 2):
+        options = {"variant.angle_power": power}
+        run = replace(START, method="poet-ortho", options=options, matrix_lr=0.02, lr=1e-3, steps=2)
+        model, (optimizer,) = build(run, tokens)
+        _train(run, tokens, model, [optimizer], lambda model, step: None)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == pytest.approx({"poet": 0.02 * last**power, "decay": 1e-3 * last, "no_decay": 1e-3 * last})
 
 
 @pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])
