@@ -31,6 +31,7 @@ from benchmarks.report import (
     requantization,
     scaling,
     series,
+    step_profile,
 )
 
 
@@ -77,7 +78,11 @@ def pages(benchmarks):
         },
         root / "docs" / "families.md": {"families": families.section()},
         root / "docs" / "method.md": {"drift": drift.section()},
-        root / "docs" / "performance.md": {"performance": performance.section(), "series": series.section()},
+        root / "docs" / "performance.md": {
+            "performance": performance.section(),
+            "step-profile": step_profile.section(),
+            "series": series.section(),
+        },
         root / "docs" / "command-line.md": {"merge-memory": merge_memory.section()},
         root / "docs" / "diagnostics.md": {"diagnostics": diagnostics.section()},
         root / "docs" / "pretraining-results.md": {"quality": quality.section()},
