@@ -33,13 +33,13 @@ STARTS = {
     "muon": Run("muon", lr=2e-2, matrix_lr=2e-2, base_init="usual"),
     "poet-ortho": Run(
         "poet-ortho",
-        lr=4e-2,
-        matrix_lr=2e-2,
-        weight_decay=0.1,
+        lr=2e-2,
+        matrix_lr=4e-2,
         options={
             "config.base_init_scale": 0.35,
             "config.base_init_scale_pattern": SIZES_BY_LAYER,
             "optimizer.momentum": 0.9,
+            "optimizer.decorrelation": 0.25,
         },
     ),
     "poet-paper": Run("poet-paper", lr=1e-2, matrix_lr=1e-3, options={"config.merge_interval": 200}),
@@ -68,7 +68,7 @@ def without_option(name):
 
 BY_LAYER = Choice((with_option("init.scale_pattern", SIZES_BY_LAYER),))
 ORTHO = [
-    Choice(tuple(with_option("config.base_init_scale", scale) for scale in (0.25, 0.5, 0.7))),
+    Choice(tuple(with_option("config.base_init_scale", scale) for scale in (0.25, 0.5))),
     Choice((with_option("optimizer.momentum", 0.95), with_option("optimizer.nesterov", False))),
 ]
 COORDINATES = {
@@ -91,7 +91,10 @@ PARTS = {
     "blocks of 64": with_option("config.block_size", 64),
     "one block a side": with_option("config.block_size", 1024),
     "initial weights of one size": without_option("config.base_init_scale_pattern"),
-    "sides decorrelated by 0.25": with_option("optimizer.decorrelation", 0.25),
+    "half the angle for queries and keys": with_option("variant.angles", {"q_proj|k_proj": 0.5}),
+    "angles by a power of the schedule": with_option("variant.angle_power", 1.5),
+    "sides not decorrelated": without_option("optimizer.decorrelation"),
+    "sides decorrelated by 0.5": with_option("optimizer.decorrelation", 0.5),
     "a gain for each output": with_option("variant.gains", "output"),
     "a gain for each layer": with_option("variant.gains", "layer"),
     **{f"initial weights {name}": with_option("variant.spectra", name) for name in SPECTRA},

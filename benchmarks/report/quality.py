@@ -232,8 +232,8 @@ number of runs:
 ### What each part of the recipe gives
 
 One setting changed from the best run of the recipe, {shortest} steps, seed 42, nothing tuned again. Gains (numbers
-that multiply what a layer returns, by layer or by output feature, trained with the rest) and spectra are tried by the
-benchmark alone; the package has no such option.
+that multiply what a layer returns, by layer or by output feature, trained with the rest), spectra, and angles that
+differ by layer or follow a power of the schedule are tried by the benchmark alone; the package has no such option.
 
 {parts}
 """
