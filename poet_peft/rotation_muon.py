@@ -90,12 +90,7 @@ class RotationMuon(torch.optim.Optimizer):
                 "RotationMuon needs the groups of poet_param_groups(model, lr=...), which say how the rotations are "
                 "cut into blocks."
             )
-        given = {
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "alternate": alternate,
-            "decorrelation": decorrelation,
-        }
+        given = {"momentum": momentum, "nesterov": nesterov, "alternate": alternate, "decorrelation": decorrelation}
         given = {name: value for name, value in given.items() if value is not None}
         for group in groups:
             if "blocks" in group:
@@ -193,9 +188,9 @@ class RotationMuon(torch.optim.Optimizer):
         for turn, parts in updates.items():
             update = torch.cat(parts)
             pair = pairs.get(turn.parameter)
-            if pair is not None and "momentum_buffer" in self.state[pair.other.weight]:
-                momentum = self.state[pair.other.weight]["momentum_buffer"]
-                update = without_overlap(update, pair, momentum, turn.decorrelation)
+            other = pair and self.state.get(pair.other.weight)  # indexing would make a state for a frozen side
+            if pair and other:
+                update = without_overlap(update, pair, other["momentum_buffer"], turn.decorrelation)
             # A plane of singular value theta turns by 2 atan(theta).
             turn.parameter.add_(spread_like(turn.parameter, update), alpha=-turn.angle / 2)
 

@@ -100,8 +100,10 @@ def test_layer_with_one_side_takes_its_step():
 def test_a_frozen_side_asks_for_nothing():
     model, layer, loss = of_one_layer("linear")
     layer.rotations("default")[1].weight.requires_grad_(False)
-    take_step(muon(model, decorrelation=0.5), loss)
+    optimizer = muon(model, decorrelation=0.5)
+    take_step(optimizer, loss)
     assert layer.state("default").num_folds == 1
+    assert len(optimizer.state_dict()["state"]) == 1
 
 
 def test_rotations_that_are_folded_less_often_are_refused():
