@@ -82,6 +82,8 @@ class Run:
         if any(key.startswith("variant.") for key in self.options):
             return f"{self.method}-variant"
         variant = {"block_stochastic": "-bs", "fully_stochastic": "-fs"}.get(self.options.get("config.variant"), "")
+        if "config.block_size" in self.options:
+            variant += f"-b{self.options['config.block_size']}"
         return self.method + variant
 
 

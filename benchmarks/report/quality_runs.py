@@ -44,8 +44,8 @@ def tuning_runs(results):
     return dict(sorted(families.items(), key=lambda item: loss_of(item[1][0])))
 
 
-def final_runs(results):
-    """The results of the longest runs with equal settings, by family, best first; one a seed.
+def long_runs(results):
+    """The results of the most steps, by family, in lists of equal settings, one a seed, the best list first.
 
     None before all of `COMPARED` are measured.
     """
@@ -57,12 +57,17 @@ def final_runs(results):
         if result["run"]["steps"] == longest:
             key = json.dumps({k: v for k, v in result["run"].items() if k != "seed"}, sort_keys=True)
             settings.setdefault((result["family"], key), []).append(result)
-    best = {}
+    families = {}
     for (family, _), runs in settings.items():
-        if family not in best or mean_loss(runs) < mean_loss(best[family]):
-            best[family] = sorted(runs, key=lambda result: result["run"]["seed"])
-    if not best.keys() >= COMPARED:
+        families.setdefault(family, []).append(sorted(runs, key=lambda result: result["run"]["seed"]))
+    if not families.keys() >= COMPARED:
         return {}
+    return {family: sorted(lists, key=mean_loss) for family, lists in families.items()}
+
+
+def final_runs(results):
+    """The best settings of each family among `long_runs`, best family first."""
+    best = {family: lists[0] for family, lists in long_runs(results).items()}
     return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
 
 
