@@ -357,11 +357,14 @@ def test_series_of_a_large_angle_is_folded_as_it_is():
 # Small rotations
 
 
-@pytest.mark.parametrize(("theta", "tolerance"), [(0.001, 1e-10), (0.05, 1e-10), (0.075, 1e-9)])
-def test_small_rotation_is_orthogonal_to_its_tolerance(theta, tolerance):
-    """The last two by two products: one leaves an error of theta^4, six hundred times as large and more."""
+@pytest.mark.parametrize(
+    ("theta", "tolerance", "power"), [(0.02, 1e-5, 4), (0.05, 1e-6, 6)], ids=["one-product", "two-products"]
+)
+def test_small_rotation_is_orthogonal_to_a_power_of_its_angle(theta, tolerance, power):
     G = small_rotation_delta(skew_of_norm(8, theta)[None], tolerance) + torch.eye(8, dtype=torch.float64)
-    assert float((torch.linalg.svdvals(G).square() - 1).abs().max()) < tolerance
+    error = float((torch.linalg.svdvals(G).square() - 1).abs().max())
+    assert error < min(4.1 * theta**power, tolerance)
+    assert error > 0.1 * theta**power
 
 
 def test_small_rotation_by_one_product_keeps_singular_values_where_all_planes_turn_alike():
@@ -369,12 +372,12 @@ def test_small_rotation_by_one_product_keeps_singular_values_where_all_planes_tu
     assert float((torch.linalg.svdvals(G) - 1).abs().max()) < 1e-8
 
 
-@pytest.mark.parametrize(("tolerance", "share"), [(1e-3, 2.01), (1e-8, 0.9)], ids=["one-product", "two-products"])
-def test_small_rotation_is_near_the_cayley_map(tolerance, share):
+@pytest.mark.parametrize(("tolerance", "power"), [(1e-3, 3), (1e-6, 5)], ids=["one-product", "two-products"])
+def test_small_rotation_is_near_the_cayley_map(tolerance, power):
     theta = 0.05
     Q = skew_of_norm(8, theta)[None]
     difference = small_rotation_delta(Q, tolerance) - cayley_delta(Q)
-    assert float(torch.linalg.matrix_norm(difference, 2)) < share * theta**3
+    assert float(torch.linalg.matrix_norm(difference, 2)) < 2.02 * theta**power
 
 
 @pytest.mark.parametrize("theta", [0.2, float("nan")])

@@ -189,20 +189,14 @@ def cayley_by_series(Q: Tensor, num_terms: int = 3) -> Tensor:
     return _cayley_by_series(Q, num_terms)
 
 
-# Of `c Q^3` and `e Q^4` with which `I + 2 Q + 2 Q^2 + c Q^3 + e Q^4` is orthogonal to `e^2 theta^8`.
-_CUBE = 4 - 8**0.5
-_FOURTH = _CUBE**2 / 4
-_LARGEST_SMALL = 0.1  # singular value of Q
-
-
 def small_rotation_delta(Q: Tensor, tolerance: float) -> Tensor | None:
     """`G - I` of a `G` beside `cayley(Q)` for small `Q`, by one product or two; None where neither is near enough.
 
     `G = I + 2 Q + c Q^2` gives `G^T G = I + (4 - 2 c) Q^2 + c^2 Q^4`. With `c = 2 + 2 t`, `t` the mean of the squared
     singular values, the error is zero where they all are equal, and below `4 theta^4` everywhere; it is of either
-    sign, so that over many folds singular values do not shrink. `G = I + 2 Q + 2 Q^2 + c Q^3 + e Q^4` leaves `e^2
-    theta^8` with `c = 4 - sqrt(8)`, `e = c^2 / 4`. They differ from `cayley(Q)` by about `2 theta^3` and
-    `0.8 theta^3`, and serve up to `theta = 0.1`.
+    sign, so that over many folds singular values do not shrink. From `cayley(Q)` it differs by about `2 theta^3`.
+
+    `G = I + 2 (Q + Q^2 + Q^3 + Q^4)` leaves `4 theta^6`, and differs from `cayley(Q)` by `2 theta^5`.
 
     Args:
         Q: skew-symmetric, shape (num_blocks, n, n).
@@ -214,9 +208,9 @@ def small_rotation_delta(Q: Tensor, tolerance: float) -> Tensor | None:
     if 4 * bound**2 <= tolerance:
         mean = _squared_norm(Q)[:, None, None] / Q.shape[-1]
         return square.mul_(2 + 2 * mean).add_(Q, alpha=2)
-    if bound <= _LARGEST_SMALL**2 and _FOURTH**2 * bound**4 <= tolerance:
-        factor = _FOURTH * square + _CUBE * Q
-        return torch.baddbmm(2 * Q, square, factor).add_(square, alpha=2)
+    if 4 * bound**3 <= tolerance:
+        low = Q + square
+        return torch.baddbmm(low, square, low).mul_(2)
     return None
 
 
