@@ -99,6 +99,18 @@ PARTS = {
     "a gain for each layer": with_option("variant.gains", "layer"),
     **{f"initial weights {name}": with_option("variant.spectra", name) for name in SPECTRA},
 }
+# What four times as many steps changed: weights that start larger, and turn by smaller angles.
+IN_LONG_RUNS = {
+    "poet-ortho": {
+        "matrix_lr": 2e-2,
+        **with_options(
+            {
+                "config.base_init_scale": 0.7,
+                "config.base_init_scale_pattern": {"q_proj|k_proj": 1.5, "down_proj": 0.5},
+            }
+        ),
+    }
+}
 SEEDS = (42, 43, 44)
 FINAL_STEPS = 1600
 
@@ -142,6 +154,7 @@ def wanted(plan, methods, changes):
         if plan == "parts":
             yield [changed(best, part) for part in PARTS.values()]
         elif plan == "final":
+            best = changed(best, IN_LONG_RUNS.get(method, {}))
             yield [replace(best, seed=seed, steps=FINAL_STEPS) for seed in SEEDS]
         else:
             yield []
