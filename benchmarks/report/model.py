@@ -26,9 +26,9 @@ def section(result):
             f"#### {count} micro-batch{'es' * (count > 1)} per step ({cell['rounds']} rounds)",
             times(result, cell),
         ]
+    if result["folds"]:
+        parts += [f"A fold, every {result['merge_interval']} steps here, comes on top:", folds(result)]
     parts += [
-        f"A fold, every {result['merge_interval']} steps here, comes on top:",
-        folds(result),
         "#### Memory",
         memory(result),
         "Weights and moments of the linear layers beside the papers' formulas (AdamW `3mn`, POET "
