@@ -35,8 +35,9 @@ def section(result):
         "`mn + 3/2 (m+n)(b-1)`, fully stochastic `mn + 3/2 (b_m (b_m - 1) + b_n (b_n - 1))`, folded "
         "every step `mn + (m+n)(b-1)`):",
         formulas(result),
-        f"![memory and speed](plots/{plot_name(result)})",
     ]
+    if any(cell["micro_batches"] == 1 for cell in result["cells"]):
+        parts.append(f"![memory and speed](plots/{plot_name(result)})")
     return "\n\n".join(parts)
 
 
