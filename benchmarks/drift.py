@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.harness import flags
+from benchmarks.harness.quality_run import drift
 from benchmarks.harness.results import ResultFile, start
 from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
 
@@ -44,15 +45,15 @@ def measure(name, num_steps, measured_at, seed):
     model, layer = one_layer(*WEIGHTS[name], seed)
     optimizer = RotationMuon(poet_param_groups(model, lr=0.0, angle=ANGLE))
     generator = torch.Generator().manual_seed(seed)
-    before, drift, begin = singular_values(layer), {}, time.process_time()
+    before, measured, begin = singular_values(layer), {}, time.process_time()
     for step in range(1, num_steps + 1):
         for rotation in layer.rotations("default"):
             gradient = torch.randn(rotation.weight.shape, generator=generator)
             rotation.weight.grad = gradient.to(rotation.weight.dtype)
         optimizer.step()
         if step in measured_at:
-            drift[str(step)] = float(((singular_values(layer) - before) / before).abs().max())
-    return {"weights": name, "drift": drift, "cpu_seconds": time.process_time() - begin}
+            measured[str(step)] = drift([before], [singular_values(layer)])["relative"]
+    return {"weights": name, "drift": measured, "cpu_seconds": time.process_time() - begin}
 
 
 def main():

@@ -33,7 +33,7 @@ def pairs_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Pair]:
     """The pairs whose rotation has one of these parameters; none for a layer with a rotation at one side only."""
     wanted = {id(parameter) for parameter in parameters}
     pairs = {}
-    for layer in living_layers():
+    for layer in living_layers() if wanted else ():
         for adapter in layer.poet_config:
             rotations = layer.rotations(adapter)
             for rotation, other in zip(rotations, reversed(rotations), strict=True):
