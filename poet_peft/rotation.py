@@ -103,6 +103,7 @@ class Rotation(nn.Module):
     def reset(self) -> None:
         """Back to the identity, in place."""
         self.weight.zero_()
+        self._kept = KeptBlocks()
 
     @torch.no_grad()
     def redraw(self, seed: int, num_reinits: int) -> None:

@@ -231,6 +231,15 @@ def test_input_without_gradient_needs_no_tangent_rule():
     assert paths.choose_path(torch.empty(100_000, 256), weight, R, P) == "weight_centric"
 
 
+@pytest.mark.parametrize(("block_size", "path"), [(256, "weight_centric"), (32, "tangent")])
+def test_an_output_is_kept_at_the_identity_only_where_it_saves_much(block_size, path):
+    """The tangent rule is the cheaper one of the two with both block sizes, with the larger one by 7 %."""
+    _, layer = rotated(Case("wide", 512, 512, block_size=block_size))
+    weight, _, R, P = tensors(layer)
+    x = torch.empty(1, 512, requires_grad=True).expand(2048, -1)
+    assert paths.choose_path(x, weight, R, P, identity=True) == path
+
+
 def test_forced_path_is_taken_whatever_the_shape():
     _, layer = rotated(PLAIN)
     weight, _, R, P = tensors(layer)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from cases import relative_error
+from models import llama, wrap
+from models import tokens as word_ids
 from torch import nn
 
-from poet_peft import POETConfig
+from benchmarks.harness.memory import measure_memory
+from poet_peft import POETConfig, RotationMuon, poet_param_groups
 from poet_peft.linear import Linear
 
 
@@ -90,3 +93,15 @@ def test_a_deleted_memory_efficient_adapter_leaves_the_others_fast():
     module.set_adapter("second")
     module.delete_adapter("default")
     assert kept_for_backward(module, tokens()) == {"weight": 1, "x": 1, "y": 1}
+
+
+def test_a_step_that_is_folded_at_once_leaves_weights_and_momenta_alone():
+    """The first step is measured, for which dense blocks of every rotation are made."""
+    regime = {"merge_interval": 1, "reinit_interval": 0, "init_weights": True, "block_size": 32, "train_rest": True}
+    model = wrap(llama(), **regime)
+    optimizer = RotationMuon(poet_param_groups(model, lr=1e-3))
+    ids = word_ids()
+    memory = measure_memory(
+        model, optimizer, lambda: model(input_ids=ids, labels=ids).loss, lambda loss: loss.backward(), [ids], "cpu"
+    )
+    assert memory.caches == 0

@@ -21,7 +21,7 @@ class Memory:
         weights: parameters and buffers.
         optimizer: the optimizer's state.
         gradients: of the parameters.
-        caches: kept from one micro-batch to the next.
+        caches: kept from one micro-batch to the next, or from one step to the next where that is more.
         activations: kept between forward and backward; a layer's input counts where autograd keeps it.
         peak: the most that is allocated at once in steps of one micro-batch, inputs and temporaries included.
         peak_accumulating: the same where gradients are there already when the forward begins.
@@ -144,13 +144,15 @@ def measure_memory(module, optimizer, forward, backward, inputs, device):
     gradients = storage_bytes(p.grad for p in module.parameters())
     caches = tally.live - base - gradients
     tally.run(step)
+    state = storage_bytes(optimizer_tensors(optimizer))
+    caches = max(caches, tally.live - base - state)
     micro_batch()
     peak = tally.peak
     micro_batch()
     tally.run(step)
     return Memory(
         weights=weights,
-        optimizer=storage_bytes(optimizer_tensors(optimizer)),
+        optimizer=state,
         gradients=gradients,
         caches=caches,
         activations=activations,

@@ -41,6 +41,8 @@ class PathCosts(NamedTuple):
 COSTS: dict[str, PathCosts] = {}
 """By device type, such as "cuda"; `PathCosts()` where there is none."""
 
+# At the identity the weight-centric rule keeps nothing, the tangent rule an output: it has to be worth its memory.
+_WORTH_AN_OUTPUT = 0.75
 # A compiled graph serves all numbers of tokens; it is chosen for this one.
 _TOKENS_WHEN_COMPILED = 2048
 
@@ -98,7 +100,7 @@ def choose_path(
         # Both sides' blocks of D W^T and W^T D.
         products = sum(2 * p.block_size * p.num_rotated * weight.numel() // p.dim for p in partitions)
         by_weight = 2 * plain + products + costs.weight_entry * weight.numel()
-        return "tangent" if may_use_tangent and outer < by_weight else "weight_centric"
+        return "tangent" if may_use_tangent and outer < _WORTH_AN_OUTPUT * by_weight else "weight_centric"
     by_input = num_tokens * sum(p.num_rotated * (2 * p.block_size + costs.rotating) for p in partitions)
     build = sum(
         (in_features if is_R else out_features) * p.num_rotated * (2 * p.block_size + costs.rotating_weight)
