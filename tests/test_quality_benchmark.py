@@ -316,6 +316,17 @@ def test_final_runs_are_those_of_the_longest_with_equal_settings():
     assert [run["run"]["seed"] for run in quality_runs.final_runs(runs)["adamw"]] == [42, 43]
 
 
+def test_variants_are_no_final_runs_but_listed_among_the_settings():
+    runs = [result(method, steps=steps) for method in ("adamw", "muon", "poet-ortho") for steps in (400, 1600)]
+    runs += [
+        result("poet-ortho", seed=seed, steps=1600, loss=0.5, options={"variant.gains": "layer"}) for seed in (1, 2)
+    ]
+    assert quality_runs.final_runs(runs).keys() == {"adamw", "muon", "poet-ortho"}
+    first, *others = report.long_settings_table(runs).splitlines()[2:]
+    assert first.startswith('| POET, recipe "ortho" | 0.500 | 2 |') and "gains layer" in first
+    assert len(others) == 3
+
+
 def test_pattern_fits_into_a_cell_of_a_table():
     pattern = {"q_proj|k_proj": 3.0, "down_proj": 0.5}
     runs = [result("poet-ortho", options={"config.base_init_scale_pattern": pattern})]

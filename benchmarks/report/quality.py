@@ -143,6 +143,17 @@ def final_table(results):
     return table(header, rows)
 
 
+def long_settings_table(results):
+    """Every setting that the long runs were made with, best first."""
+    tried = [runs for lists in long_runs(results).values() for runs in lists]
+    rows = []
+    for runs in sorted(tried, key=mean_loss):
+        run = runs[0]["run"]
+        settings = [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
+        rows.append([name_of(runs[0]["family"]), f"{mean_loss(runs):.3f}", len(runs), *settings])
+    return table(["method", "loss", "seeds", "matrix rate", "other rate", "settings"], rows)
+
+
 def parts_table(results):
     """What comes of changing one thing of the recipe, from the run that most others differ from by one thing."""
     tuned = tuning_runs(results)
@@ -234,6 +245,14 @@ number of runs:
 ### What it costs
 
 {cost_table(results)}
+"""
+    if long_runs(results):
+        text += f"""
+### The settings of the long runs
+
+All that were tried over {steps_of(results)[-1]:,} steps, chosen by seed 42, nothing left out.
+
+{long_settings_table(results)}
 """
     parts = parts_table(results)
     if parts:

@@ -13,7 +13,7 @@ COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "po
 
 
 def name_of(family):
-    method, _, block_size = family.partition("-b")
+    method, _, block_size = family.removesuffix("-variant").partition("-b")
     if block_size.isdigit():
         return f"{name_of(method)}, b = {block_size}"
-    return NAMES.get(family, family)
+    return NAMES.get(method, family)
