@@ -241,6 +241,17 @@ def test_singular_values_are_measured_where_the_method_keeps_them(method, tokens
     assert measure(replace(START, method=method, matrix_lr=matrix_lr), tokens)["drift"]["relative"] < 1e-3
 
 
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_size_of_the_spectra_is_measured_where_weights_are_trained(method, tokens):
+    spectra = measure(replace(START, method=method, matrix_lr=0.1), tokens)["spectra"]
+    model, _ = build(START, tokens)
+    weights = [layer.weight for name, layer in model.named_modules() if name.endswith("up_proj")]
+    rms = sum((weight.square().sum() / min(weight.shape)).sqrt().item() for weight in weights) / len(weights)
+    at_start, at_end = spectra["up_proj"]["rms"]
+    assert at_start == pytest.approx(rms, abs=1e-4)
+    assert at_end > 1.1 * at_start
+
+
 def test_diverged_run_ends_without_a_loss(tokens):
     result = measure(replace(START, lr=1e4, steps=50), tokens)
     assert result["loss"] is None
@@ -325,6 +336,13 @@ def test_variants_are_no_final_runs_but_listed_among_the_settings():
     first, *others = report.long_settings_table(runs).splitlines()[2:]
     assert first.startswith('| POET, recipe "ortho" | 0.500 | 2 |') and "gains layer" in first
     assert len(others) == 3
+
+
+def test_spectra_are_those_of_the_best_run_that_has_them():
+    found = {"up_proj": {"rms": [0.5, 1.0], "largest": [1.6, 1.8], "median": [0.9, 0.9]}}
+    runs = [result("muon", loss=1.0), result("muon", lr=2e-2, loss=2.0) | {"spectra": found}]
+    (row,) = report.spectra_table(runs).splitlines()[2:]
+    assert row == "| Muon | 400 | up_proj | 0.50 | 1.00 | 2.00 | 1.60 → 1.80 | 0.90 → 0.90 |"
 
 
 def test_pattern_fits_into_a_cell_of_a_table():

@@ -47,6 +47,11 @@ def keeps_singular_values(method):
     return is_poet(method) or method == "frozen"
 
 
+def changes_singular_values(method):
+    """Whether the linear layers' own weights are trained."""
+    return method in ("adamw", "muon")
+
+
 def options(run, kind):
     """The run's options of one kind: {NAME: value} of "KIND.NAME"."""
     parts = {key: key.partition(".") for key in run.options}

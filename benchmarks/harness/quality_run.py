@@ -14,7 +14,7 @@ import transformers
 import poet_peft
 
 from .llama import targeted_layers
-from .quality_methods import METHODS, build, is_poet, keeps_singular_values
+from .quality_methods import METHODS, build, changes_singular_values, is_poet, keeps_singular_values
 
 
 BATCH_SIZE = 4
@@ -137,7 +137,8 @@ def measure(run, tokens, observe=None):
     torch.set_num_threads(1)
     model, optimizers = build(run, tokens)
     parameters = count_parameters(model, optimizers)
-    before = singular_values(model) if keeps_singular_values(run.method) else None
+    keeps, changes = keeps_singular_values(run.method), changes_singular_values(run.method)
+    before = singular_values(model) if keeps or changes else None
     trained = _train(run, tokens, model, optimizers, observe or (lambda model, step: None))
     result = {"run": asdict(run), "family": run.family, "loss": None, "loss_se": None, **trained}
     if trained["diverged"] is None:
@@ -146,10 +147,12 @@ def measure(run, tokens, observe=None):
         result["loss_se"] = round((losses.std() / len(losses) ** 0.5).item(), 5)
         result["losses"] = [round(loss, 4) for loss in losses.tolist()]
         result["held_out_tokens"] = losses.numel() * (tokens.held_out.shape[1] - 1)
-        if before is not None:
+        if keeps:
             if is_poet(run.method):
                 model.merge_adapter()
             result["drift"] = drift(before, singular_values(model))
+        if changes:
+            result["spectra"] = spectra(before, singular_values(model), kinds_of_layers(model))
     modules = torch, transformers, peft, poet_peft
     versions = {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}
     return result | {"parameters": parameters, "versions": versions, "hardware": poet_peft.hardware()}
@@ -231,6 +234,33 @@ def _is_in(tensor, tensors):
 def singular_values(model):
     """Of every linear weight but the head's, in fp64."""
     return [torch.linalg.svdvals(layer.weight.detach().double()) for layer in plain_layers(model)]
+
+
+def kinds_of_layers(model):
+    """The last part of the name of every linear layer but the head, such as "q_proj"."""
+    names = {layer: name for name, layer in model.named_modules()}
+    return [names[layer].rpartition(".")[2] for layer in plain_layers(model)]
+
+
+def spectra(before, after, kinds):
+    """Sizes and shapes of the spectra of each kind of layer, `[at the start, at the end]`, means over the layers.
+
+    Returns:
+        {kind: {"rms": of the singular values, "largest" and "median": over it}}
+    """
+    measures = {
+        "rms": lambda values: values.square().mean().sqrt(),
+        "largest": lambda values: values[0] / values.square().mean().sqrt(),
+        "median": lambda values: values.median() / values.square().mean().sqrt(),
+    }
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        layers = [place for place, other in enumerate(kinds) if other == kind]
+        found[kind] = {
+            name: [round(statistics.mean(measure(state[i]).item() for i in layers), 4) for state in (before, after)]
+            for name, measure in measures.items()
+        }
+    return found
 
 
 def drift(before, after):

@@ -154,6 +154,21 @@ def long_settings_table(results):
     return table(["method", "loss", "seeds", "matrix rate", "other rate", "settings"], rows)
 
 
+def spectra_table(results):
+    """What training makes of the spectra of weights that are trained themselves, in each method's best such run."""
+    rows = []
+    for family, runs in tuning_runs(results).items():
+        lists = long_runs(results).get(family, [])
+        best = next((run for run in [*(run for runs in lists for run in runs), *runs] if "spectra" in run), None)
+        for kind, found in best["spectra"].items() if best else ():
+            (start, end), largest, median = found["rms"], found["largest"], found["median"]
+            cells = [f"{start:.2f}", f"{end:.2f}", f"{end / start:.2f}"]
+            cells += [f"{a:.2f} → {b:.2f}" for a, b in (largest, median)]
+            rows.append([name_of(family), f"{best['run']['steps']:,}", kind, *cells])
+    header = ["method", "steps", "layers", "RMS at the start", "at the end", "times", "largest / RMS", "median / RMS"]
+    return table(header, rows) if rows else ""
+
+
 def parts_table(results):
     """What comes of changing one thing of the recipe, from the run that most others differ from by one thing."""
     tuned = tuning_runs(results)
@@ -253,6 +268,15 @@ number of runs:
 All that were tried over {steps_of(results)[-1]:,} steps, chosen by seed 42, nothing left out.
 
 {long_settings_table(results)}
+"""
+    if shapes := spectra_table(results):
+        text += f"""
+### What training makes of the spectra elsewhere
+
+POET's weights keep the singular values that they start with. What becomes of those of the other methods, by the kind
+of layer: their RMS, and the largest and the median one over it.
+
+{shapes}
 """
     parts = parts_table(results)
     if parts:
