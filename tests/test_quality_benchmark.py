@@ -243,7 +243,7 @@ def test_singular_values_are_measured_where_the_method_keeps_them(method, tokens
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_size_of_the_spectra_is_measured_where_weights_are_trained(method, tokens):
-    spectra = measure(replace(START, method=method, matrix_lr=0.1), tokens)["spectra"]
+    spectra = measure(replace(START, method=method, matrix_lr=1.0), tokens)["spectra"]
     model, _ = build(START, tokens)
     weights = [layer.weight for name, layer in model.named_modules() if name.endswith("up_proj")]
     rms = sum((weight.square().sum() / min(weight.shape)).sqrt().item() for weight in weights) / len(weights)
