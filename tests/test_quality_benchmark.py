@@ -342,7 +342,7 @@ def test_spectra_are_those_of_the_best_run_that_has_them():
     found = {"up_proj": {"rms": [0.5, 1.0], "largest": [1.6, 1.8], "median": [0.9, 0.9]}}
     runs = [result("muon", loss=1.0), result("muon", lr=2e-2, loss=2.0) | {"spectra": found}]
     (row,) = report.spectra_table(runs).splitlines()[2:]
-    assert row == "| Muon | 400 | up_proj | 0.50 | 1.00 | 2.00 | 1.60 → 1.80 | 0.90 → 0.90 |"
+    assert row == "| Muon | 400 | 0.001 | up_proj | 0.50 | 1.00 | 2.00 | 1.60 → 1.80 | 0.90 → 0.90 |"
 
 
 def test_pattern_fits_into_a_cell_of_a_table():

@@ -164,9 +164,10 @@ def spectra_table(results):
             (start, end), largest, median = found["rms"], found["largest"], found["median"]
             cells = [f"{start:.2f}", f"{end:.2f}", f"{end / start:.2f}"]
             cells += [f"{a:.2f} → {b:.2f}" for a, b in (largest, median)]
-            rows.append([name_of(family), f"{best['run']['steps']:,}", kind, *cells])
-    header = ["method", "steps", "layers", "RMS at the start", "at the end", "times", "largest / RMS", "median / RMS"]
-    return table(header, rows) if rows else ""
+            run = best["run"]
+            rows.append([name_of(family), f"{run['steps']:,}", rate(run["matrix_lr"]), kind, *cells])
+    header = ["method", "steps", "matrix rate", "layers", "RMS at the start", "at the end", "times"]
+    return table([*header, "largest / RMS", "median / RMS"], rows) if rows else ""
 
 
 def parts_table(results):
