@@ -357,6 +357,10 @@ def test_variants_are_no_runs_of_the_search():
     assert "| gains | layer | 0.500 |" in report.parts_table(runs)
 
 
+def test_a_run_that_no_other_differs_from_by_one_thing_has_no_table_of_parts():
+    assert report.parts_table([result("poet-ortho"), result("poet-ortho", lr=2e-2, matrix_lr=1e-2)]) == ""
+
+
 def test_results_of_one_length_have_no_final_runs():
     assert quality_runs.final_runs([result(), result(seed=43)]) == {}
 

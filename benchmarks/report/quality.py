@@ -189,7 +189,7 @@ def parts_table(results):
         text = "by default" if value is None and what != "matrix_lr" else _value_text(what, value)
         rows.append([what.replace("_", " "), text, f"{loss_of(result):.3f}", difference_text([result], [base])])
     rows.sort(key=lambda row: (row[0], row[1]))
-    return table(["setting", "value", "loss", "over the unchanged run"], rows)
+    return table(["setting", "value", "loss", "over the unchanged run"], rows) if len(rows) > 1 else ""
 
 
 def _changes(run, other):
