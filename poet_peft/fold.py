@@ -115,6 +115,8 @@ def fold(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Optimizer])
         POETFoldError: as `merge_and_reinitialize`; no weight was changed.
     """
     parameters = [rotation.weight for item in items for rotation in item.rotations]
+    for item in items:
+        _check_is_there(item.layer, item.adapter)
     with torch.no_grad(), torch.autocast(device_type=parameters[0].device.type, enabled=False):
         measures = [_check(item) for item in items]
         _check_drift(items, measures)
@@ -175,6 +177,7 @@ def check_foldable(layer: POETLayer, adapter: str) -> None:
             f"the adapter {adapter!r} of {name!r} has merge_interval=0, which promises that base weights never "
             "change: its checkpoint would not hold them. Set merge_interval > 0, or use merge_adapter()."
         )
+    _check_is_there(layer, adapter)
     if layer.merged:
         raise POETFoldError(
             f"{name!r} has the adapter {layer.merged_adapters} merged into its weight, so its rotations cannot be "
@@ -195,6 +198,15 @@ def check_foldable(layer: POETLayer, adapter: str) -> None:
         layer.check_mergeable()
     except ValueError as error:
         raise POETFoldError(f"the rotations cannot be folded: {error}") from error
+
+
+def _check_is_there(layer: POETLayer, adapter: str) -> None:
+    tensors = [layer.base_parameter, *(rotation.weight for rotation in layer.rotations(adapter))]
+    if any(tensor is not None and tensor.is_meta for tensor in tensors):
+        raise POETFoldError(
+            f"{layer.module_name!r} is offloaded, so that nothing can be folded into its weight. Keep its module on a "
+            "device (device_map), or train with merge_interval=0, which leaves base weights alone."
+        )
 
 
 def _check_drift(items: Sequence[FoldItem], measures: Sequence[_Measures]) -> None:

@@ -4,8 +4,10 @@ import accelerate
 import pytest
 import torch
 from mixtures import config, moe
-from models import bert_classifier, gpt2, llama, logits, wrap
+from models import bert_classifier, gpt2, llama, logits, tokens, wrap
 from peft import get_peft_model
+
+from poet_peft import POETFoldError, merge_and_reinitialize, poet_param_groups
 
 
 def with_biases(model):
@@ -58,3 +60,26 @@ def test_offloaded_experts_are_refused_by_name():
     model = get_peft_model(base, config(init_weights=False))
     with pytest.raises(ValueError, match="experts.*is offloaded.*device_map"):
         logits(model)
+
+
+@each_place
+def test_fold_into_an_offloaded_weight_is_refused_by_name(tmp_path, offload):
+    model = wrap(offload(llama(), tmp_path), merge_interval=2)
+    before = {name: p.clone() for name, p in model.named_parameters() if ".poet_" in name}
+    with pytest.raises(POETFoldError, match="q_proj.*is offloaded.*device_map.*merge_interval=0"):
+        merge_and_reinitialize(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_fold_of_an_offloaded_adapter_is_refused_by_name():
+    model = accelerate.cpu_offload(wrap(llama(), merge_interval=2), execution_device="cpu")
+    with pytest.raises(POETFoldError, match="q_proj.*is offloaded"):
+        merge_and_reinitialize(model)
+
+
+def test_training_with_folds_into_an_offloaded_weight_ends_at_the_first_one_by_name():
+    model = wrap(accelerate.cpu_offload(llama(), execution_device="cpu"), merge_interval=1, reinit_interval=0)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer = torch.optim.SGD(poet_param_groups(model, lr=1e-3, poet_lr=1e-3))
+    with pytest.raises(POETFoldError, match="q_proj.*is offloaded"):
+        optimizer.step()
