@@ -327,6 +327,13 @@ def test_final_runs_are_those_of_the_longest_with_equal_settings():
     assert [run["run"]["seed"] for run in quality_runs.final_runs(runs)["adamw"]] == [42, 43]
 
 
+def test_settings_of_final_runs_are_chosen_by_the_seed_that_all_have():
+    runs = [result(method, steps=1600) for method in ("muon", "poet-ortho")] + [result(steps=400)]
+    runs += [result(seed=42, loss=1.0, steps=1600), result(seed=43, loss=2.0, steps=1600)]
+    runs += [result(seed=42, loss=1.1, lr=2e-2, steps=1600)]
+    assert [run["loss"] for run in quality_runs.final_runs(runs)["adamw"]] == [1.0, 2.0]
+
+
 def test_variants_are_no_final_runs_but_listed_among_the_settings():
     runs = [result(method, steps=steps) for method in ("adamw", "muon", "poet-ortho") for steps in (400, 1600)]
     runs += [

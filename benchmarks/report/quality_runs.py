@@ -47,7 +47,8 @@ def tuning_runs(results):
 def long_runs(results):
     """The results of the most steps, by family, in lists of equal settings, one a seed, the best list first.
 
-    None before all of `COMPARED` are measured.
+    Best by the first seed, which all settings have: more seeds are made of some only, and seeds differ by more than
+    settings do. None before all of `COMPARED` are measured.
     """
     if len(steps_of(results)) == 1:
         return {}
@@ -62,7 +63,7 @@ def long_runs(results):
         families.setdefault(family, []).append(sorted(runs, key=lambda result: result["run"]["seed"]))
     if not families.keys() >= COMPARED:
         return {}
-    return {family: sorted(lists, key=mean_loss) for family, lists in families.items()}
+    return {family: sorted(lists, key=lambda runs: loss_of(runs[0])) for family, lists in families.items()}
 
 
 def final_runs(results):
