@@ -96,6 +96,8 @@ def merge_and_reinitialize(
     reshard(model.modules())
     if optimizer is not None:
         check_can_fold(optimizer, [rotation.weight for item in items for rotation in item.rotations])
+    for layer, adapter, _ in items:
+        check_foldable(layer, adapter)
     return fold(items, [] if optimizer is None else [optimizer])
 
 
@@ -109,14 +111,12 @@ def fold_quietly(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Opt
 
 
 def fold(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Optimizer]) -> MergeReport:
-    """Fold these adapters of layers, after checking all of them.
+    """Fold these adapters of layers, which passed `check_foldable`, after checking what all of them would come to.
 
     Raises:
         POETFoldError: as `merge_and_reinitialize`; no weight was changed.
     """
     parameters = [rotation.weight for item in items for rotation in item.rotations]
-    for item in items:
-        _check_is_there(item.layer, item.adapter)
     with torch.no_grad(), torch.autocast(device_type=parameters[0].device.type, enabled=False):
         measures = [_check(item) for item in items]
         _check_drift(items, measures)
@@ -139,9 +139,7 @@ def fold(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Optimizer])
 
 def _check(item: FoldItem) -> _Measures:
     """Refuse a fold that would be wrong, and measure what it folds."""
-    layer, adapter, _ = item
-    name = layer.module_name
-    check_foldable(layer, adapter)
+    layer, name = item.layer, item.layer.module_name
     for rotation in item.rotations:
         if not rotation.is_usable():
             raise POETFoldError(
@@ -177,7 +175,12 @@ def check_foldable(layer: POETLayer, adapter: str) -> None:
             f"the adapter {adapter!r} of {name!r} has merge_interval=0, which promises that base weights never "
             "change: its checkpoint would not hold them. Set merge_interval > 0, or use merge_adapter()."
         )
-    _check_is_there(layer, adapter)
+    tensors = [layer.base_parameter, *(rotation.weight for rotation in layer.rotations(adapter))]
+    if any(tensor is not None and tensor.is_meta for tensor in tensors):
+        raise POETFoldError(
+            f"{name!r} is offloaded, so that nothing can be folded into its weight. Keep its module on a device "
+            "(device_map), or train with merge_interval=0, which leaves base weights alone."
+        )
     if layer.merged:
         raise POETFoldError(
             f"{name!r} has the adapter {layer.merged_adapters} merged into its weight, so its rotations cannot be "
@@ -198,15 +201,6 @@ def check_foldable(layer: POETLayer, adapter: str) -> None:
         layer.check_mergeable()
     except ValueError as error:
         raise POETFoldError(f"the rotations cannot be folded: {error}") from error
-
-
-def _check_is_there(layer: POETLayer, adapter: str) -> None:
-    tensors = [layer.base_parameter, *(rotation.weight for rotation in layer.rotations(adapter))]
-    if any(tensor is not None and tensor.is_meta for tensor in tensors):
-        raise POETFoldError(
-            f"{layer.module_name!r} is offloaded, so that nothing can be folded into its weight. Keep its module on a "
-            "device (device_map), or train with merge_interval=0, which leaves base weights alone."
-        )
 
 
 def _check_drift(items: Sequence[FoldItem], measures: Sequence[_Measures]) -> None:

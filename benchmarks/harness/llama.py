@@ -60,6 +60,12 @@ def targeted_layers(model):
     return tuned or [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
+def kinds_of_layers(model):
+    """The last part of the name of each of `targeted_layers`, such as "q_proj"."""
+    names = {module: name for name, module in model.named_modules()}
+    return [names[layer].rpartition(".")[2] for layer in targeted_layers(model)]
+
+
 def build_llama(method, sizes, vocab_size, seq_length, rest, device, dtype, seed):
     """A Llama as the method trains it, and its optimizer.
 

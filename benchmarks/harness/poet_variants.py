@@ -7,16 +7,15 @@ import torch
 from poet_peft import AngleLaw
 from poet_peft.weights.initial import scale_of
 
-from .llama import targeted_layers
+from .llama import kinds_of_layers, targeted_layers
 
 
 @torch.no_grad()
 def change_spectra(model, name):
     """Give the linear layers of a wrapped model initial weights of other spectra, a key of `SPECTRA`."""
-    names = {module: name for name, module in model.named_modules()}
-    for layer in targeted_layers(model):
+    for layer, kind in zip(targeted_layers(model), kinds_of_layers(model), strict=True):
         weight = layer.base_layer.weight
-        weight.copy_(SPECTRA[name](weight, names[layer].rpartition(".")[2]))
+        weight.copy_(SPECTRA[name](weight, kind))
 
 
 def scaled(factors):

@@ -13,7 +13,7 @@ import transformers
 
 import poet_peft
 
-from .llama import targeted_layers
+from .llama import kinds_of_layers, targeted_layers
 from .quality_methods import METHODS, build, changes_singular_values, is_poet, keeps_singular_values
 
 
@@ -236,22 +236,20 @@ def singular_values(model):
     return [torch.linalg.svdvals(layer.weight.detach().double()) for layer in plain_layers(model)]
 
 
-def kinds_of_layers(model):
-    """The last part of the name of every linear layer but the head, such as "q_proj"."""
-    names = {layer: name for name, layer in model.named_modules()}
-    return [names[layer].rpartition(".")[2] for layer in plain_layers(model)]
-
-
 def spectra(before, after, kinds):
     """Sizes and shapes of the spectra of each kind of layer, `[at the start, at the end]`, means over the layers.
 
     Returns:
         {kind: {"rms": of the singular values, "largest" and "median": over it}}
     """
+
+    def rms(values):
+        return values.square().mean().sqrt()
+
     measures = {
-        "rms": lambda values: values.square().mean().sqrt(),
-        "largest": lambda values: values[0] / values.square().mean().sqrt(),
-        "median": lambda values: values.median() / values.square().mean().sqrt(),
+        "rms": rms,
+        "largest": lambda values: values[0] / rms(values),
+        "median": lambda values: values.median() / rms(values),
     }
     found = {}
     for kind in dict.fromkeys(kinds):

@@ -7,6 +7,7 @@ from .quality_plot import plot_name
 from .quality_runs import (
     difference,
     final_runs,
+    first_loss,
     is_bracketed,
     long_runs,
     loss_of,
@@ -144,10 +145,10 @@ def final_table(results):
 
 
 def long_settings_table(results):
-    """Every setting that the long runs were made with, best first."""
+    """Every setting that the long runs were made with, in the order in which they are chosen."""
     tried = [runs for lists in long_runs(results).values() for runs in lists]
     rows = []
-    for runs in sorted(tried, key=mean_loss):
+    for runs in sorted(tried, key=first_loss):
         run = runs[0]["run"]
         settings = [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
         rows.append([name_of(runs[0]["family"]), f"{mean_loss(runs):.3f}", len(runs), *settings])
@@ -156,10 +157,10 @@ def long_settings_table(results):
 
 def spectra_table(results):
     """What training makes of the spectra of weights that are trained themselves, in each method's best such run."""
-    rows = []
-    for family, runs in tuning_runs(results).items():
-        lists = long_runs(results).get(family, [])
-        best = next((run for run in [*(run for runs in lists for run in runs), *runs] if "spectra" in run), None)
+    rows, by_family = [], long_runs(results)
+    for family, short in tuning_runs(results).items():
+        long = [run for runs in by_family.get(family, []) for run in runs]
+        best = next((run for run in [*long, *short] if "spectra" in run), None)
         for kind, found in best["spectra"].items() if best else ():
             (start, end), largest, median = found["rms"], found["largest"], found["median"]
             cells = [f"{start:.2f}", f"{end:.2f}", f"{end / start:.2f}"]

@@ -1,5 +1,8 @@
 """What the methods of the pretraining comparison are called, and their colours in every picture."""
 
+from .quality_runs import VARIANT
+
+
 NAMES = {
     "frozen": "linear layers frozen",
     "adamw": "AdamW",
@@ -13,7 +16,7 @@ COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "po
 
 
 def name_of(family):
-    method, _, block_size = family.removesuffix("-variant").partition("-b")
+    method, _, block_size = family.removesuffix(VARIANT).partition("-b")
     if block_size.isdigit():
         return f"{name_of(method)}, b = {block_size}"
     return NAMES.get(method, family)

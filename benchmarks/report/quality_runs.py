@@ -63,13 +63,18 @@ def long_runs(results):
         families.setdefault(family, []).append(sorted(runs, key=lambda result: result["run"]["seed"]))
     if not families.keys() >= COMPARED:
         return {}
-    return {family: sorted(lists, key=lambda runs: loss_of(runs[0])) for family, lists in families.items()}
+    return {family: sorted(lists, key=first_loss) for family, lists in families.items()}
 
 
 def final_runs(results):
     """The best settings of each family among `long_runs`, best family first; without variants."""
     best = {family: lists[0] for family, lists in long_runs(results).items() if not family.endswith(VARIANT)}
     return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
+
+
+def first_loss(runs):
+    """The loss of the first seed, by which settings are chosen."""
+    return loss_of(runs[0])
 
 
 def mean_loss(runs):
