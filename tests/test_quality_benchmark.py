@@ -241,7 +241,7 @@ def test_singular_values_are_measured_where_the_method_keeps_them(method, tokens
     assert measure(replace(START, method=method, matrix_lr=matrix_lr), tokens)["drift"]["relative"] < 1e-3
 
 
-@pytest.mark.parametrize("method", ["adamw", "muon"])
+@pytest.mark.parametrize("method", ["adamw", "muon", "galore"])
 def test_size_of_the_spectra_is_measured_where_weights_are_trained(method, tokens):
     spectra = measure(replace(START, method=method, matrix_lr=1.0), tokens)["spectra"]
     model, _ = build(START, tokens)
@@ -262,6 +262,13 @@ def test_gradients_and_state_of_adamw_are_three_numbers_for_each_weight(tokens):
     result = measure(START, tokens)
     assert result["gradient_bytes"] == 4 * result["parameters"]["linear"]
     assert result["optimizer_bytes"] == 8 * result["parameters"]["linear"]
+
+
+def test_state_of_galore_is_two_moments_in_its_subspace_and_the_subspace(tokens):
+    run = replace(START, method="galore", options={"optimizer.rank": 4})
+    shapes = [layer.weight.shape for layer in targeted_layers(build(run, tokens)[0])]
+    expected = sum(4 * (2 * max(shape) + min(shape)) for shape in shapes)
+    assert measure(run, tokens)["optimizer_bytes"] == 4 * expected
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])

@@ -1,5 +1,8 @@
 """The methods of the pretraining comparison: each makes of a plain Llama the model it trains, and its optimizers."""
 
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -21,7 +24,7 @@ def build(run, tokens):
     model = llama(SIZES[run.size], tokens.vocab_size, tokens.train.shape[1], **special)
     if not is_poet(run.method):
         draw_initial_weights(model, run)
-    model, optimizers = METHODS[run.method](model, run)
+    model, optimizers = METHODS[run.method].build(model, run)
     model.train()
     return model, optimizers
 
@@ -41,15 +44,6 @@ def draw_initial_weights(model, run):
 
 def is_poet(method):
     return method.startswith("poet-")
-
-
-def keeps_singular_values(method):
-    return is_poet(method) or method == "frozen"
-
-
-def changes_singular_values(method):
-    """Whether the linear layers' own weights are trained."""
-    return method in ("adamw", "muon")
 
 
 def options(run, kind):
@@ -85,6 +79,19 @@ def newton_schulz_of_muon(grad, coefficients, num_steps, eps):
         gram = X @ X.T
         X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return X.T if len(grad) > len(grad.T) else X
+
+
+def galore(model, run):
+    """GaLore's AdamW (arXiv 2403.03507): moments in the space of the gradient's largest singular vectors.
+
+    Rank, interval and scale are the paper's for a model of this width.
+    """
+    from galore_torch import GaLoreAdamW
+
+    settings = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std", **options(run, "optimizer")}
+    linear = {"params": linear_weights(model), "lr": run.matrix_lr, "weight_decay": run.weight_decay, **settings}
+    optimizer = GaLoreAdamW([linear], betas=run.betas, no_deprecation_warning=True)
+    return model, [optimizer, adamw(rest_groups(model, run), run)]
 
 
 def lora(model, run):
@@ -151,12 +158,20 @@ def adamw(groups, run):
     return torch.optim.AdamW(groups, betas=run.betas, fused=True)
 
 
+class Method(NamedTuple):
+    """How a method is built, and what becomes of the singular values of the linear layers' own weights."""
+
+    build: Callable
+    singular_values: Literal["kept", "trained"] | None = None
+
+
 METHODS = {
-    "frozen": frozen,
-    "adamw": full_adamw,
-    "muon": muon,
-    "lora": lora,
-    "poet-paper": poet_paper,
-    "poet-ortho": poet_ortho,
-    "poet-ortho-adamw": poet_ortho_adamw,
+    "frozen": Method(frozen, "kept"),
+    "adamw": Method(full_adamw, "trained"),
+    "muon": Method(muon, "trained"),
+    "galore": Method(galore, "trained"),
+    "lora": Method(lora),
+    "poet-paper": Method(poet_paper, "kept"),
+    "poet-ortho": Method(poet_ortho, "kept"),
+    "poet-ortho-adamw": Method(poet_ortho_adamw, "kept"),
 }

@@ -14,7 +14,7 @@ import transformers
 import poet_peft
 
 from .llama import kinds_of_layers, targeted_layers
-from .quality_methods import METHODS, build, changes_singular_values, is_poet, keeps_singular_values
+from .quality_methods import METHODS, build, is_poet
 
 
 BATCH_SIZE = 4
@@ -137,8 +137,8 @@ def measure(run, tokens, observe=None):
     torch.set_num_threads(1)
     model, optimizers = build(run, tokens)
     parameters = count_parameters(model, optimizers)
-    keeps, changes = keeps_singular_values(run.method), changes_singular_values(run.method)
-    before = singular_values(model) if keeps or changes else None
+    fate = METHODS[run.method].singular_values
+    before = singular_values(model) if fate else None
     trained = _train(run, tokens, model, optimizers, observe or (lambda model, step: None))
     result = {"run": asdict(run), "family": run.family, "loss": None, "loss_se": None, **trained}
     if trained["diverged"] is None:
@@ -147,11 +147,11 @@ def measure(run, tokens, observe=None):
         result["loss_se"] = round((losses.std() / len(losses) ** 0.5).item(), 5)
         result["losses"] = [round(loss, 4) for loss in losses.tolist()]
         result["held_out_tokens"] = losses.numel() * (tokens.held_out.shape[1] - 1)
-        if keeps:
+        if fate == "kept":
             if is_poet(run.method):
                 model.merge_adapter()
             result["drift"] = drift(before, singular_values(model))
-        if changes:
+        if fate == "trained":
             result["spectra"] = spectra(before, singular_values(model), kinds_of_layers(model))
     modules = torch, transformers, peft, poet_peft
     versions = {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version()}
@@ -222,9 +222,15 @@ def _train(run, tokens, model, optimizers, observe):
         "step_seconds": round(statistics.median(wall), 4),
         "step_cpu_seconds": round(statistics.median(cpu), 4),
         "gradient_bytes": gradient_bytes,
-        "optimizer_bytes": sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t) and t.dim()),
+        "optimizer_bytes": sum(t.nbytes for state in states for t in _tensors(state) if t.dim()),
         "tokens": len(losses) * BATCH_SIZE * tokens.train.shape[1],
     }
+
+
+def _tensors(state):
+    """Those of an optimizer's state of a parameter, and of the objects in it."""
+    held = [[value] if torch.is_tensor(value) else getattr(value, "__dict__", {}).values() for value in state.values()]
+    return [value for values in held for value in values if torch.is_tensor(value)]
 
 
 def _is_in(tensor, tensors):

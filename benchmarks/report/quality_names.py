@@ -7,12 +7,13 @@ NAMES = {
     "frozen": "linear layers frozen",
     "adamw": "AdamW",
     "muon": "Muon",
+    "galore": "GaLore",
     "lora": "LoRA from scratch",
     "poet-paper": "POET, the paper's recipe",
     "poet-ortho": 'POET, recipe "ortho"',
     "poet-ortho-adamw": 'POET, recipe "ortho" with AdamW',
 }
-COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "poet-paper", "poet-ortho", "frozen"])}
+COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "poet-paper", "poet-ortho", "frozen", "galore", "lora"])}
 
 
 def name_of(family):
