@@ -13,7 +13,8 @@ NAMES = {
     "poet-ortho": 'POET, recipe "ortho"',
     "poet-ortho-adamw": 'POET, recipe "ortho" with AdamW',
 }
-COLORS = {name: f"C{number}" for number, name in enumerate(["adamw", "muon", "poet-paper", "poet-ortho", "frozen", "galore", "lora"])}
+_IN_COLOR_ORDER = ["adamw", "muon", "poet-paper", "poet-ortho", "frozen", "galore", "lora"]
+COLORS = {name: f"C{number}" for number, name in enumerate(_IN_COLOR_ORDER)}
 
 
 def name_of(family):
