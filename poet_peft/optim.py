@@ -20,7 +20,8 @@ class AngleLaw:
     """How far a step turns a rotation, by the learning rate of everything else: `min(lr * rho / RMS(W), max_angle)`.
 
     The weight `W` then changes by about `lr * rho` an entry, the step of Muon and of AdamW, so that one learning rate
-    serves the whole model. Public notes of POET's authors on orthogonalised momentum, 2026.
+    serves the whole model. A schedule multiplies the angle, also one that `max_angle` has cut. Public notes of POET's
+    authors on orthogonalised momentum, 2026.
 
     Args:
         rho: root mean square of a step's change of an entry of the weight, over the learning rate.

@@ -18,7 +18,7 @@ from .weights.residual import at_least_fp32
 from .weights.sharded import full, mesh_of, spread_like
 
 
-_FOLDED_EVERY_STEP = {"momentum": 0.95, "nesterov": True, "alternate": True, "decorrelation": 0.0}
+_FOLDED_EVERY_STEP = {"momentum": 0.95, "nesterov": True, "alternate": True, "decorrelation": 0.25}
 _OTHERS = {"momentum": 0.9, "nesterov": False, "alternate": False, "decorrelation": 0.0}
 
 
@@ -53,7 +53,8 @@ class RotationMuon(torch.optim.Optimizer):
         alternate: move only the output sides `R` in the first, third, ... step, and only the input sides `P` in the
             others. All momenta take every gradient. None = for rotations that are folded after every step.
         decorrelation: share, of what both sides of a layer ask for alike, that a step leaves to the other side, from 0
-            to 1; see `decorrelation.without_overlap`. For rotations that are folded after every step. None = 0.
+            to 1; see `decorrelation.without_overlap`. None = 0.25 for rotations that are folded after every step, and
+            0, the only value there, for others.
         num_newton_schulz_steps: of the orthogonalisation, see `maths.newton_schulz`.
         process_group: processes that train the same rotations with the same gradients, as under DDP, and share the
             orthogonalisation out among them; "world" = all processes. None: each does all of it. Sharded rotations
@@ -102,7 +103,7 @@ class RotationMuon(torch.optim.Optimizer):
                         "folded: set merge_interval=1 in the POETConfig, or leave it out."
                     )
             if "radians" in group:
-                group["lr"] = group["radians"]
+                group["lr"] = min(group["radians"], group.get("max_radians", torch.inf))
         self.process_group = process_group
         own = {"num_newton_schulz_steps": num_newton_schulz_steps}
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0, **own})
@@ -158,13 +159,12 @@ class RotationMuon(torch.optim.Optimizer):
         grads = [parameter.grad for parameter, *_ in trained]
         momenta = [self.state[parameter]["momentum_buffer"] for parameter, *_ in trained]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        angle = min(group["lr"], group.get("max_radians", torch.inf))
         turns = []
         for (parameter, partition, side), grad, momentum in zip(trained, grads, momenta, strict=True):
             step = self.state[parameter]["step"]
             if not group["alternate"] or _moves(side, int(step)):
                 direction = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                turns.append(_Turn(parameter, partition, direction, angle, group["decorrelation"]))
+                turns.append(_Turn(parameter, partition, direction, group["lr"], group["decorrelation"]))
             step += 1
         return turns
 

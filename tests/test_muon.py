@@ -186,13 +186,15 @@ def test_angle_is_read_in_radians():
     assert_same_state(model.state_dict(), other.state_dict())
 
 
-def test_angle_of_the_law_is_clamped_after_the_schedule():
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_schedule_multiplies_a_clamped_angle(part):
     model = at_the_identity()
     optimizer = RotationMuon(poet_param_groups(model, lr=10.0, angle=AngleLaw(max_angle=LR)))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: part)
     random_gradients(model)
     optimizer.step()
     largest = max(float(angle.max()) for angle in angles(model))
-    assert 0.9 * LR < largest < 1.26 * LR
+    assert 0.9 * part * LR < largest < 1.26 * part * LR
 
 
 def test_block_without_gradient_does_not_turn():

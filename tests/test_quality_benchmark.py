@@ -23,6 +23,7 @@ from benchmarks.report import quality_runs
 
 
 START = Run("adamw", lr=1e-2, matrix_lr=1e-3, size="tiny", steps=4)
+LATE = {"variant.max_angle": 0.024}
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,15 @@ def test_angles_follow_a_power_of_the_schedule(tokens):
         _train(run, tokens, model, [optimizer], lambda model, step: None)
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert rates == pytest.approx({"poet": 0.02 * last**power, "decay": 1e-3 * last, "no_decay": 1e-3 * last})
+
+
+@pytest.mark.parametrize(("options", "last"), [({}, 0.024 * schedule(1, replace(START, steps=2))), (LATE, 0.024)])
+def test_angle_law_is_cut_before_the_schedule_or_in_every_step(options, last, tokens):
+    run = replace(START, method="poet-ortho", matrix_lr=None, lr=0.5, steps=2, options=options)
+    model, (optimizer,) = build(run, tokens)
+    _train(run, tokens, model, [optimizer], lambda model, step: None)
+    rates = [group["lr"] for group in optimizer.param_groups if "blocks" in group]
+    assert rates == pytest.approx([last] * len(rates))
 
 
 @pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])

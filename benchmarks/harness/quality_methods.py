@@ -1,12 +1,13 @@
 """The methods of the pretraining comparison: each makes of a plain Llama the model it trains, and its optimizers."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
 
-from poet_peft import POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
+from poet_peft import AngleLaw, POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
 from poet_peft.weights.initial import scale_of
 
 from .llama import PRESETS, llama, targeted_layers
@@ -118,7 +119,7 @@ def poet_ortho(model, run):
         change_spectra(model, variant["spectra"])
     if "gains" in variant:
         groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
-    settings = {"betas": run.betas, **options(run, "optimizer")}
+    settings = {"betas": run.betas, "decorrelation": 0.0, **options(run, "optimizer")}
     return model, [RotationMuon(groups, **settings)]
 
 
@@ -129,8 +130,11 @@ def poet_ortho_adamw(model, run):
 
 def ortho_groups(model, run):
     angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}  # else the angle law
-    if angles := options(run, "variant").get("angles"):
-        angle = {"angle": AnglesByLayer(run.matrix_lr, angles)}
+    variant = options(run, "variant")
+    if "angles" in variant:
+        angle = {"angle": AnglesByLayer(run.matrix_lr, variant["angles"])}
+    if "max_angle" in variant:
+        angle = {"angle": AngleLaw(max_angle=math.inf)}
     return poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle, **options(run, "groups"))
 
 

@@ -43,7 +43,9 @@ class Run:
         options: a method's own settings, "config.NAME" of its PEFT configuration, "optimizer.NAME" of the optimizer of
             its linear layers, "groups.NAME" of `poet_param_groups`, "init.scale" and "init.scale_pattern" of the
             initial weights of methods other than POET, "variant.NAME" (spectra, gains, angles) of `poet_variants`, and
-            "variant.angle_power", of the schedule as the angles follow it.
+            "variant.angle_power", of the schedule as the angles follow it, and "variant.max_angle", at which the angle
+            law is cut in every step, instead of once before the schedule. Sides are decorrelated only where
+            "optimizer.decorrelation" says so.
     """
 
     method: str
@@ -183,14 +185,16 @@ def _train(run, tokens, model, optimizers, observe):
     parameters = [parameter for group in groups for parameter in group["params"]]
     in_linear = [parameter for layer in targeted_layers(model) for parameter in layer.parameters()]
     limit = 2 * math.log(tokens.vocab_size)
-    angle_power = run.options.get("variant.angle_power", 1)
+    angle_power, max_angle = run.options.get("variant.angle_power", 1), run.options.get("variant.max_angle", math.inf)
     wall, cpu, losses, curve = [], [], [], []
     gradient_bytes = diverged = None
     observe(model, 0)
     for step, ids in enumerate(batches(tokens.train, run)):
         start = time.perf_counter(), time.process_time()
         for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, run) ** (angle_power if "blocks" in group else 1)
+            group["lr"] = peak * schedule(step, run)
+            if "blocks" in group:
+                group["lr"] = min(peak * schedule(step, run) ** angle_power, max_angle)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if gradient_bytes is None:

@@ -287,8 +287,8 @@ of layer: their RMS, and the largest and the median one over it.
 
 One setting changed, {shortest} steps, seed 42, nothing tuned again, from the run with which most others can be
 compared in this way, the first row. Gains (numbers that multiply what a layer returns, by layer or by output feature,
-trained with the rest), spectra, and angles that differ by layer or follow a power of the schedule are tried by the
-benchmark alone; the package has no such option.
+trained with the rest), spectra, and angles that differ by layer, follow a power of the schedule or are cut after it
+("max angle") are tried by the benchmark alone; the package has no such option.
 
 {parts}
 """
