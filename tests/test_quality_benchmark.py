@@ -344,11 +344,12 @@ def test_final_runs_are_those_of_the_longest_with_equal_settings():
     assert [run["run"]["seed"] for run in quality_runs.final_runs(runs)["adamw"]] == [42, 43]
 
 
-def test_settings_of_final_runs_are_chosen_by_the_seed_that_all_have():
+def test_settings_of_final_runs_are_chosen_by_the_mean_of_the_most_seeds():
     runs = [result(method, steps=1600) for method in ("muon", "poet-ortho")] + [result(steps=400)]
     runs += [result(seed=42, loss=1.0, steps=1600), result(seed=43, loss=2.0, steps=1600)]
-    runs += [result(seed=42, loss=1.1, lr=2e-2, steps=1600)]
-    assert [run["loss"] for run in quality_runs.final_runs(runs)["adamw"]] == [1.0, 2.0]
+    runs += [result(seed=42, loss=1.2, lr=2e-2, steps=1600), result(seed=43, loss=1.2, lr=2e-2, steps=1600)]
+    runs += [result(seed=42, loss=0.5, lr=4e-2, steps=1600)]
+    assert [run["loss"] for run in quality_runs.final_runs(runs)["adamw"]] == [1.2, 1.2]
 
 
 def test_variants_are_no_final_runs_but_listed_among_the_settings():
@@ -358,7 +359,7 @@ def test_variants_are_no_final_runs_but_listed_among_the_settings():
     ]
     assert quality_runs.final_runs(runs).keys() == {"adamw", "muon", "poet-ortho"}
     first, *others = report.long_settings_table(runs).splitlines()[2:]
-    assert first.startswith('| POET, recipe "ortho" | 0.500 | 2 |') and "gains layer" in first
+    assert first.startswith('| POET, recipe "ortho" | 0.500 ± 0.000 | 2 |') and "gains layer" in first
     assert len(others) == 3
 
 

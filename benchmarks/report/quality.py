@@ -5,9 +5,9 @@ import statistics
 from .quality_names import name_of
 from .quality_plot import plot_name
 from .quality_runs import (
+    by_seeds_and_loss,
     difference,
     final_runs,
-    first_loss,
     is_bracketed,
     long_runs,
     loss_of,
@@ -128,30 +128,32 @@ def final_table(results):
     baselines = {family: families.get(family) for family in ("adamw", "muon")}
     rows = []
     for family, runs in families.items():
-        spread = ""
-        if len(runs) > 1:
-            spread = f" ± {statistics.stdev(map(loss_of, runs)) / len(runs) ** 0.5:.3f}"
         over = [
             difference_text(runs, baseline) if baseline and family != name else ""
             for name, baseline in baselines.items()
         ]
         tokens = runs[0]["tokens"] / 1e6
         num_settings = len(long_runs(results)[family])
-        rows.append(
-            [name_of(family), f"{mean_loss(runs):.3f}{spread}", *over, len(runs), num_settings, f"{tokens:.2f}"]
-        )
+        rows.append([name_of(family), mean_text(runs), *over, len(runs), num_settings, f"{tokens:.2f}"])
     header = ["method", "loss", "over AdamW", "over Muon", "seeds", "settings tried", "million tokens"]
     return table(header, rows)
+
+
+def mean_text(runs):
+    """The mean loss of the seeds, and its standard error."""
+    if len(runs) == 1:
+        return f"{loss_of(runs[0]):.3f}"
+    return f"{mean_loss(runs):.3f} ± {statistics.stdev(map(loss_of, runs)) / len(runs) ** 0.5:.3f}"
 
 
 def long_settings_table(results):
     """Every setting that the long runs were made with, in the order in which they are chosen."""
     tried = [runs for lists in long_runs(results).values() for runs in lists]
     rows = []
-    for runs in sorted(tried, key=first_loss):
+    for runs in sorted(tried, key=by_seeds_and_loss):
         run = runs[0]["run"]
         settings = [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
-        rows.append([name_of(runs[0]["family"]), f"{mean_loss(runs):.3f}", len(runs), *settings])
+        rows.append([name_of(runs[0]["family"]), mean_text(runs), len(runs), *settings])
     return table(["method", "loss", "seeds", "matrix rate", "other rate", "settings"], rows)
 
 
@@ -267,7 +269,8 @@ number of runs:
         text += f"""
 ### The settings of the long runs
 
-All that were tried over {steps_of(results)[-1]:,} steps, chosen by seed 42, nothing left out.
+All that were tried over {steps_of(results)[-1]:,} steps, nothing left out. The choice is by the mean, among the
+settings with the most seeds: one seed alone may be lucky.
 
 {long_settings_table(results)}
 """

@@ -47,8 +47,8 @@ def tuning_runs(results):
 def long_runs(results):
     """The results of the most steps, by family, in lists of equal settings, one a seed, the best list first.
 
-    Best by the first seed, which all settings have: more seeds are made of some only, and seeds differ by more than
-    settings do. None before all of `COMPARED` are measured.
+    Best by the mean among those with the most seeds, then those with fewer: one seed may be a lucky one. None before
+    all of `COMPARED` are measured.
     """
     if len(steps_of(results)) == 1:
         return {}
@@ -63,7 +63,7 @@ def long_runs(results):
         families.setdefault(family, []).append(sorted(runs, key=lambda result: result["run"]["seed"]))
     if not families.keys() >= COMPARED:
         return {}
-    return {family: sorted(lists, key=first_loss) for family, lists in families.items()}
+    return {family: sorted(lists, key=by_seeds_and_loss) for family, lists in families.items()}
 
 
 def final_runs(results):
@@ -72,9 +72,9 @@ def final_runs(results):
     return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
 
 
-def first_loss(runs):
-    """The loss of the first seed, by which settings are chosen."""
-    return loss_of(runs[0])
+def by_seeds_and_loss(runs):
+    """What settings are sorted by: more seeds first, then the lower mean."""
+    return -len(runs), mean_loss(runs)
 
 
 def mean_loss(runs):
