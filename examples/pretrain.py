@@ -39,7 +39,6 @@ class ExampleArguments:
     block_size: int = 256
     merge_interval: int = HfArg(default=1, help="steps between folds; above 1 into new blocks, and AdamW trains them")
     angle: float = HfArg(default=0.04, help="radians by which a step turns the rotations")
-    momentum: float = HfArg(default=0.9, help="of the rotations' gradients, with folds after every step")
 
 
 def main():
@@ -78,8 +77,6 @@ def main():
     parameters["trained"] = model.num_parameters(only_trainable=True)
     settings = {"lr": train_args.learning_rate, "angle": args.angle, "weight_decay": train_args.weight_decay}
     settings |= {"betas": (train_args.adam_beta1, train_args.adam_beta2), "eps": train_args.adam_epsilon}
-    if config.folds_every_step:
-        settings["momentum"] = args.momentum
     trainer = Trainer(
         model=model,
         args=train_args,

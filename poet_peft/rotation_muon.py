@@ -18,8 +18,8 @@ from .weights.residual import at_least_fp32
 from .weights.sharded import full, mesh_of, spread_like
 
 
-_FOLDED_EVERY_STEP = {"momentum": 0.95, "nesterov": True, "alternate": True, "decorrelation": 0.25}
-_OTHERS = {"momentum": 0.9, "nesterov": False, "alternate": False, "decorrelation": 0.0}
+_FOLDED_EVERY_STEP = {"nesterov": True, "alternate": True, "decorrelation": 0.25}
+_OTHERS = {"nesterov": False, "alternate": False, "decorrelation": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +46,7 @@ class RotationMuon(torch.optim.Optimizer):
     Args:
         groups: of `poet_param_groups`. The learning rate of a rotation's group is in radians a step, the others are
             AdamW's.
-        momentum: of the rotations' gradients, as an exponential mean. None = 0.95 for rotations that are folded after
-            every step, 0.9 for others.
+        momentum: of the rotations' gradients, as an exponential mean.
         nesterov: step along the mean of the momentum and the present gradient, weighted as the next mean would be.
             None = for rotations that are folded after every step.
         alternate: move only the output sides `R` in the first, third, ... step, and only the input sides `P` in the
@@ -70,7 +69,7 @@ class RotationMuon(torch.optim.Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        momentum: float | None = None,
+        momentum: float = 0.9,
         nesterov: bool | None = None,
         alternate: bool | None = None,
         decorrelation: float | None = None,
@@ -79,7 +78,7 @@ class RotationMuon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        if momentum is not None and not 0 <= momentum < 1:
+        if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} must lie in [0, 1).")
         if decorrelation is not None and not 0 <= decorrelation <= 1:
             raise ValueError(f"decorrelation={decorrelation} must lie in [0, 1].")
@@ -91,8 +90,8 @@ class RotationMuon(torch.optim.Optimizer):
                 "RotationMuon needs the groups of poet_param_groups(model, lr=...), which say how the rotations are "
                 "cut into blocks."
             )
-        given = {"momentum": momentum, "nesterov": nesterov, "alternate": alternate, "decorrelation": decorrelation}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {"nesterov": nesterov, "alternate": alternate, "decorrelation": decorrelation}
+        given = {"momentum": momentum} | {name: value for name, value in given.items() if value is not None}
         for group in groups:
             if "blocks" in group:
                 defaults = _FOLDED_EVERY_STEP if group["folds_every_step"] else _OTHERS

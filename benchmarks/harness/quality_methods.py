@@ -119,7 +119,7 @@ def poet_ortho(model, run):
         change_spectra(model, variant["spectra"])
     if "gains" in variant:
         groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
-    settings = {"betas": run.betas, "decorrelation": 0.0, **options(run, "optimizer")}
+    settings = {"betas": run.betas, "momentum": 0.95, "decorrelation": 0.0, **options(run, "optimizer")}
     return model, [RotationMuon(groups, **settings)]
 
 
