@@ -44,8 +44,8 @@ class Run:
             its linear layers, "groups.NAME" of `poet_param_groups`, "init.scale" and "init.scale_pattern" of the
             initial weights of methods other than POET, "variant.NAME" (spectra, gains, angles) of `poet_variants`, and
             "variant.angle_power", of the schedule as the angles follow it, and "variant.max_angle", at which the angle
-            law is cut in every step, instead of once before the schedule. Unless
-            "optimizer.NAME" says otherwise, POET's momentum is 0.95 and its sides are not decorrelated.
+            law is cut in every step, instead of once before the schedule. Unless "optimizer.NAME" says otherwise, the
+            momentum of "poet-ortho" is 0.95 and its sides are not decorrelated.
     """
 
     method: str

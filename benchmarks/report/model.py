@@ -14,8 +14,8 @@ def section(result):
         f"Random weights and tokens, vocabulary of {settings['vocab_size']:,}, batch {settings['batch_size']} x "
         f"{settings['seq_length']}; outside the linear layers everything "
         f"{'trains, in every method' if settings['rest'] == 'train' else 'is frozen, in every method'}. "
-        "The optimizer is torch's fused AdamW; of rotations *folded every step* it is `RotationMuon`, and its time "
-        "has the fold in it."
+        "The optimizer is torch's fused AdamW; of rotations *folded every step* it is `RotationMuon` "
+        "without decorrelation, and its time has the fold in it."
     )
     parts = [machine(result), about]
     if settings["model"] == "60m" and settings["device"] == "cpu" and TARGET_METHOD in result["memory"]:
