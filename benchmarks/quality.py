@@ -45,7 +45,7 @@ STARTS = {
     "galore": Run("galore", lr=2e-2, matrix_lr=5e-3, weight_decay=0.0, base_init="usual"),
     "lora": Run("lora", lr=2e-2, matrix_lr=2e-3, base_init="usual", options={"config.r": 64, "config.lora_alpha": 64}),
     "poet-paper": Run("poet-paper", lr=1e-2, matrix_lr=1e-3, options={"config.merge_interval": 200}),
-    "frozen": Run("frozen", lr=4e-2),
+    "frozen": Run("frozen", lr=8e-2),
 }
 RATES = [Rate("matrix_lr"), Rate("lr")]
 CHOICES = [
