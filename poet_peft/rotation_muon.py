@@ -90,8 +90,8 @@ class RotationMuon(torch.optim.Optimizer):
                 "RotationMuon needs the groups of poet_param_groups(model, lr=...), which say how the rotations are "
                 "cut into blocks."
             )
-        given = {"nesterov": nesterov, "alternate": alternate, "decorrelation": decorrelation}
-        given = {"momentum": momentum} | {name: value for name, value in given.items() if value is not None}
+        given = {"momentum": momentum, "nesterov": nesterov, "alternate": alternate, "decorrelation": decorrelation}
+        given = {name: value for name, value in given.items() if value is not None}
         for group in groups:
             if "blocks" in group:
                 defaults = _FOLDED_EVERY_STEP if group["folds_every_step"] else _OTHERS

@@ -164,11 +164,11 @@ def test_resumed_optimizer_moves_the_side_whose_turn_it_is():
 
 
 @pytest.mark.parametrize(
-    ("build", "expected"), [(folded_every_step, (0.25, True, True)), (at_the_identity, (0.0, False, False))]
+    ("build", "expected"), [(folded_every_step, (0.9, 0.25, True, True)), (at_the_identity, (0.9, 0.0, False, False))]
 )
 def test_defaults_follow_the_regime(build, expected):
     (group,) = muon(build()).param_groups
-    assert (group["decorrelation"], group["nesterov"], group["alternate"]) == expected
+    assert tuple(group[name] for name in ("momentum", "decorrelation", "nesterov", "alternate")) == expected
 
 
 def test_given_settings_hold_in_every_regime():

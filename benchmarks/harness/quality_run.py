@@ -191,10 +191,9 @@ def _train(run, tokens, model, optimizers, observe):
     observe(model, 0)
     for step, ids in enumerate(batches(tokens.train, run)):
         start = time.perf_counter(), time.process_time()
+        part = schedule(step, run)
         for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule(step, run)
-            if "blocks" in group:
-                group["lr"] = min(peak * schedule(step, run) ** angle_power, max_angle)
+            group["lr"] = min(peak * part**angle_power, max_angle) if "blocks" in group else peak * part
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if gradient_bytes is None:

@@ -126,6 +126,7 @@ def final_table(results):
     if not families:
         return "The long runs are not measured yet: `python -m benchmarks.quality --plan final`."
     baselines = {family: families.get(family) for family in ("adamw", "muon")}
+    tried = long_runs(results)
     rows = []
     for family, runs in families.items():
         over = [
@@ -133,8 +134,7 @@ def final_table(results):
             for name, baseline in baselines.items()
         ]
         tokens = runs[0]["tokens"] / 1e6
-        num_settings = len(long_runs(results)[family])
-        rows.append([name_of(family), mean_text(runs), *over, len(runs), num_settings, f"{tokens:.2f}"])
+        rows.append([name_of(family), mean_text(runs), *over, len(runs), len(tried[family]), f"{tokens:.2f}"])
     header = ["method", "loss", "over AdamW", "over Muon", "seeds", "settings tried", "million tokens"]
     return table(header, rows)
 
