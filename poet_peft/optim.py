@@ -12,7 +12,7 @@ from torch import nn
 from .layer import POETLayer, poet_layers
 from .maths.blocks import SideName
 from .rotation import Rotation
-from .rotation_muon import RotationMuon
+from .rotation_muon import RotationMuon, radians_of
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,12 @@ def _rotation_groups(
             if isinstance(angle, AngleLaw):
                 if layer not in rms:
                     rms[layer] = rms_of(layer)
-                radians = angle.radians(layer, rotation.side, lr, rms[layer])
+                group["radians"] = angle.radians(layer, rotation.side, lr, rms[layer])
                 group["max_radians"] = angle.max_angle
             else:
-                radians = float(angle)
-            group["radians"] = radians
+                group["radians"] = float(angle)
             # The root mean square over the planes of a block whose parameters all move by the learning rate.
-            group["lr"] = min(radians, group.get("max_radians", radians)) / (2 * partition.block_size**0.5)
+            group["lr"] = radians_of(group) / (2 * partition.block_size**0.5)
         key = (group["lr"], group.get("radians", 0.0), folds_every_step)
         group = groups.setdefault(key, {**group, "blocks": [], "sides": []})
         group["params"].append(rotation.weight)

@@ -102,7 +102,7 @@ class RotationMuon(torch.optim.Optimizer):
                         "folded: set merge_interval=1 in the POETConfig, or leave it out."
                     )
             if "radians" in group:
-                group["lr"] = min(group["radians"], group.get("max_radians", torch.inf))
+                group["lr"] = radians_of(group)
         self.process_group = process_group
         own = {"num_newton_schulz_steps": num_newton_schulz_steps}
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0, **own})
@@ -201,6 +201,11 @@ class RotationMuon(torch.optim.Optimizer):
         if self.process_group != "world":
             return self.process_group
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def radians_of(group: dict[str, Any]) -> float:
+    """The angle of a step of a group of rotations before any schedule: as asked for, and at most as its law allows."""
+    return min(group["radians"], group.get("max_radians", torch.inf))
 
 
 class _Kind(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the comparison tries beyond what the package has: other initial spectra, gains, angles by layer."""
+"""What the comparison tries beyond what the package has: other spectra, gains, angles by layer, growing weights."""
 
 import math
 
@@ -59,6 +59,30 @@ def _add_gain(layer, shape):
     layer.gain = torch.nn.Parameter(torch.zeros(shape))
     layer.register_forward_hook(lambda layer, inputs, y: y * (1 + layer.gain))
     return layer.gain
+
+
+def let_grow(model, groups):
+    """Prepare groups of rotations for `grow`: each learns which weights it turns, and how much they have grown."""
+    weights = {
+        id(rotation): layer.base_layer.weight
+        for layer in targeted_layers(model)
+        for name, rotation in layer.named_parameters()
+        if name.startswith("poet_")
+    }
+    for group in groups:
+        if "blocks" in group:
+            turned = {id(rotation): weights[id(rotation)] for rotation in group["params"]}
+            group |= {"size": 1.0, "turned": list({id(weight): weight for weight in turned.values()}.values())}
+
+
+@torch.no_grad()
+def grow(groups, rate):
+    """After a step: every weight becomes larger by `rate` times the angle it was turned by, as Muon's weights do."""
+    for group in groups:
+        if "blocks" in group:
+            factor = 1 + rate * group["lr"]
+            torch._foreach_mul_(group["turned"], factor)
+            group["size"] *= factor
 
 
 class AnglesByLayer(AngleLaw):

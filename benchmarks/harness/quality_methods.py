@@ -11,7 +11,7 @@ from poet_peft import AngleLaw, POETConfig, RotationMuon, initialize_base_weight
 from poet_peft.weights.initial import scale_of
 
 from .llama import PRESETS, llama, targeted_layers
-from .poet_variants import AnglesByLayer, add_gains, change_spectra
+from .poet_variants import AnglesByLayer, add_gains, change_spectra, let_grow
 
 
 # Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
@@ -119,6 +119,8 @@ def poet_ortho(model, run):
         change_spectra(model, variant["spectra"])
     if "gains" in variant:
         groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
+    if "growth" in variant:
+        let_grow(model, groups)
     settings = {"betas": run.betas, "momentum": 0.95, "decorrelation": 0.0, **options(run, "optimizer")}
     return model, [RotationMuon(groups, **settings)]
 

@@ -14,6 +14,7 @@ import transformers
 import poet_peft
 
 from .llama import kinds_of_layers, targeted_layers
+from .poet_variants import grow
 from .quality_methods import METHODS, build, is_poet
 
 
@@ -44,7 +45,8 @@ class Run:
             its linear layers, "groups.NAME" of `poet_param_groups`, "init.scale" and "init.scale_pattern" of the
             initial weights of methods other than POET, "variant.NAME" (spectra, gains, angles) of `poet_variants`, and
             "variant.angle_power", of the schedule as the angles follow it, and "variant.max_angle", at which the angle
-            law is cut in every step, instead of once before the schedule. Unless "optimizer.NAME" says otherwise, the
+            law is cut in every step, instead of once before the schedule, and "variant.growth", by how much weights
+            grow, times the angle of each step, while their angles shrink alike. Unless "optimizer.NAME" says otherwise, the
             momentum of "poet-ortho" is 0.95 and its sides are not decorrelated.
     """
 
@@ -152,7 +154,10 @@ def measure(run, tokens, observe=None):
         if fate == "kept":
             if is_poet(run.method):
                 model.merge_adapter()
-            result["drift"] = drift(before, singular_values(model))
+            after = singular_values(model)
+            if "variant.growth" in run.options:
+                before, after = ([values / values.norm() for values in spectra] for spectra in (before, after))
+            result["drift"] = drift(before, after)
         if fate == "trained":
             result["spectra"] = spectra(before, singular_values(model), kinds_of_layers(model))
     modules = torch, transformers, peft, poet_peft
@@ -186,6 +191,7 @@ def _train(run, tokens, model, optimizers, observe):
     in_linear = [parameter for layer in targeted_layers(model) for parameter in layer.parameters()]
     limit = 2 * math.log(tokens.vocab_size)
     angle_power, max_angle = run.options.get("variant.angle_power", 1), run.options.get("variant.max_angle", math.inf)
+    growth = run.options.get("variant.growth")
     wall, cpu, losses, curve = [], [], [], []
     gradient_bytes = diverged = None
     observe(model, 0)
@@ -194,6 +200,7 @@ def _train(run, tokens, model, optimizers, observe):
         part = schedule(step, run)
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = min(peak * part**angle_power, max_angle) if "blocks" in group else peak * part
+            group["lr"] /= group.get("size", 1.0)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if gradient_bytes is None:
@@ -202,6 +209,8 @@ def _train(run, tokens, model, optimizers, observe):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if growth:
+            grow(groups, growth)
         losses.append(loss.item())
         wall.append(time.perf_counter() - start[0])
         cpu.append(time.process_time() - start[1])
