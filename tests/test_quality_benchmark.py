@@ -13,7 +13,7 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_ne
 
 from benchmarks import quality
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
-from benchmarks.harness.llama import targeted_layers
+from benchmarks.harness.llama import kinds_of_layers, targeted_layers
 from benchmarks.harness.quality_methods import METHODS, build, newton_schulz_of_muon
 from benchmarks.harness.quality_run import BATCH_SIZE, Run, _train, batches, measure, schedule
 from benchmarks.harness.run_files import claimed, read_result, write_result
@@ -225,6 +225,35 @@ def test_angle_law_is_cut_before_the_schedule_or_in_every_step(options, last, to
     _train(run, tokens, model, [optimizer], lambda model, step: None)
     rates = [group["lr"] for group in optimizer.param_groups if "blocks" in group]
     assert rates == pytest.approx([last] * len(rates))
+
+
+@pytest.mark.parametrize(("pattern", "of_queries"), [({}, 1.0), ({"q_proj": 0.5}, 0.5)])
+def test_weights_grow_with_the_angles_of_the_steps(pattern, of_queries, tokens):
+    options = {"variant.growth": 2.0, "variant.growth_pattern": pattern}
+    run = replace(START, method="poet-ortho", options=options, matrix_lr=0.02, steps=3)
+    model, (optimizer,) = build(run, tokens)
+    before = [layer.base_layer.weight.norm() for layer in targeted_layers(model)]
+    _train(run, tokens, model, [optimizer], lambda model, step: None)
+    sizes = {1.0: 1.0, 0.5: 1.0}
+    for step in range(run.steps):
+        sizes = {share: size + 2.0 * share * 0.02 * schedule(step, run) for share, size in sizes.items()}
+    kinds = kinds_of_layers(model)
+    expected = [sizes[of_queries if kind == "q_proj" else 1.0] for kind in kinds]
+    grown = [layer.base_layer.weight.norm() / old for layer, old in zip(targeted_layers(model), before, strict=True)]
+    assert torch.stack(grown).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_angles_shrink_as_weights_grow(tokens):
+    run = replace(START, method="poet-ortho", options={"variant.growth": 2.0}, matrix_lr=0.02, steps=2)
+    model, (optimizer,) = build(run, tokens)
+    _train(run, tokens, model, [optimizer], lambda model, step: None)
+    (rate,) = {group["lr"] for group in optimizer.param_groups if "blocks" in group}
+    assert rate == pytest.approx(0.02 * schedule(1, run) / (1 + 2.0 * 0.02))
+
+
+def test_growing_weights_keep_the_shape_of_their_spectra(tokens):
+    run = replace(START, method="poet-ortho", options={"variant.growth": 50.0}, matrix_lr=0.02)
+    assert measure(run, tokens)["drift"]["relative"] < 1e-3
 
 
 @pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])

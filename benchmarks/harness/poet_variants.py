@@ -61,26 +61,43 @@ def _add_gain(layer, shape):
     return layer.gain
 
 
-def let_grow(model, groups):
-    """Prepare groups of rotations for `grow`: each learns which weights it turns, and how much they have grown."""
-    weights = {
-        id(rotation): layer.base_layer.weight
+def let_grow(model, groups, rate, factors):
+    """Groups of rotations whose weights `grow` with them, cut so that all weights of a group grow alike.
+
+    Args:
+        rate: by how much a weight grows, over the angle of the step that has turned it.
+        factors: of the rate, for the layers whose names match a pattern.
+    """
+    layers = {
+        id(rotation): layer
         for layer in targeted_layers(model)
         for name, rotation in layer.named_parameters()
         if name.startswith("poet_")
     }
+    found = []
     for group in groups:
-        if "blocks" in group:
-            turned = {id(rotation): weights[id(rotation)] for rotation in group["params"]}
-            group |= {"size": 1.0, "turned": list({id(weight): weight for weight in turned.values()}.values())}
+        if "blocks" not in group:
+            found.append(group)
+            continue
+        by_rate = {}
+        for rotation, blocks, side in zip(group["params"], group["blocks"], group["sides"], strict=True):
+            layer = layers[id(rotation)]
+            own_rate = scale_of(layer.module_name, rate, factors)
+            part = by_rate.setdefault(own_rate, {"params": [], "blocks": [], "sides": [], "turned": []})
+            for key, value in (("params", rotation), ("blocks", blocks), ("sides", side)):
+                part[key].append(value)
+            if side == "R":
+                part["turned"].append(layer.base_layer.weight)
+        found += [{**group, **part, "growth": own_rate, "size": 1.0} for own_rate, part in by_rate.items()]
+    return found
 
 
 @torch.no_grad()
-def grow(groups, rate):
-    """After a step: every weight becomes larger by `rate` times the angle it was turned by, as Muon's weights do."""
+def grow(groups):
+    """After a step: weights grow with the angle that it turned them by, as Muon's do."""
     for group in groups:
-        if "blocks" in group:
-            factor = 1 + rate * group["lr"]
+        if "growth" in group:
+            factor = 1 + group["growth"] * group["lr"]
             torch._foreach_mul_(group["turned"], factor)
             group["size"] *= factor
 

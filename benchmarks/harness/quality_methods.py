@@ -17,6 +17,9 @@ from .poet_variants import AnglesByLayer, add_gains, change_spectra, let_grow
 # Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
 SIZES = {"4m": PRESETS["20m"], "15m": (512, 1376, 4, 8), "tiny": PRESETS["tiny"]}
 
+# Settings of "poet-ortho" that a run without the option "optimizer.NAME" has, whatever the package's defaults are.
+ORTHO_UNLESS_SAID = {"momentum": 0.95, "decorrelation": 0.0}
+
 
 def build(run, tokens):
     """The model, ready to train, and its optimizers, whose groups have the peak learning rates."""
@@ -120,8 +123,8 @@ def poet_ortho(model, run):
     if "gains" in variant:
         groups.append({"params": add_gains(model, variant["gains"]), "lr": run.lr, "weight_decay": 0.0})
     if "growth" in variant:
-        let_grow(model, groups)
-    settings = {"betas": run.betas, "momentum": 0.95, "decorrelation": 0.0, **options(run, "optimizer")}
+        groups = let_grow(model, groups, variant["growth"], variant.get("growth_pattern", {}))
+    settings = {"betas": run.betas, **ORTHO_UNLESS_SAID, **options(run, "optimizer")}
     return model, [RotationMuon(groups, **settings)]
 
 

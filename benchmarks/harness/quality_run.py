@@ -43,11 +43,11 @@ class Run:
         base_init: initial weights of the linear layers, see `POETConfig`, or "usual", the model's own.
         options: a method's own settings, "config.NAME" of its PEFT configuration, "optimizer.NAME" of the optimizer of
             its linear layers, "groups.NAME" of `poet_param_groups`, "init.scale" and "init.scale_pattern" of the
-            initial weights of methods other than POET, "variant.NAME" (spectra, gains, angles) of `poet_variants`, and
-            "variant.angle_power", of the schedule as the angles follow it, and "variant.max_angle", at which the angle
-            law is cut in every step, instead of once before the schedule, and "variant.growth", by how much weights
-            grow, times the angle of each step, while their angles shrink alike. Unless "optimizer.NAME" says otherwise, the
-            momentum of "poet-ortho" is 0.95 and its sides are not decorrelated.
+            initial weights of methods other than POET, and "variant.NAME" of `poet_variants`: "spectra", "gains" and
+            "angles", "growth", by how much weights grow over the angle of each step, while their angles shrink alike,
+            "growth_pattern", its factors by the layer, "angle_power", of the schedule as the angles follow it, and
+            "max_angle", at which the angle law is cut in every step, instead of once before the schedule. Unless
+            "optimizer.NAME" says otherwise, the momentum of "poet-ortho" is 0.95 and its sides are not decorrelated.
     """
 
     method: str
@@ -191,7 +191,6 @@ def _train(run, tokens, model, optimizers, observe):
     in_linear = [parameter for layer in targeted_layers(model) for parameter in layer.parameters()]
     limit = 2 * math.log(tokens.vocab_size)
     angle_power, max_angle = run.options.get("variant.angle_power", 1), run.options.get("variant.max_angle", math.inf)
-    growth = run.options.get("variant.growth")
     wall, cpu, losses, curve = [], [], [], []
     gradient_bytes = diverged = None
     observe(model, 0)
@@ -209,8 +208,7 @@ def _train(run, tokens, model, optimizers, observe):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if growth:
-            grow(groups, growth)
+        grow(groups)
         losses.append(loss.item())
         wall.append(time.perf_counter() - start[0])
         cpu.append(time.process_time() - start[1])

@@ -2,6 +2,8 @@
 
 import statistics
 
+from benchmarks.harness.quality_methods import ORTHO_UNLESS_SAID
+
 from .quality_names import name_of
 from .quality_plot import plot_name
 from .quality_runs import (
@@ -174,21 +176,19 @@ def spectra_table(results):
 
 
 def parts_table(results):
-    """What comes of changing one thing of the recipe, from the run that most others differ from by one thing."""
+    """What comes of changing one thing of the recipe, from its best run."""
     tuned = tuning_runs(results)
     if "poet-ortho" not in tuned:
         return ""
     others = [result for result in short_runs(results) if result["run"]["method"] == "poet-ortho"]
-
-    def neighbours(base):
-        changes = [(result, _changes(base["run"], result["run"])) for result in others]
-        return [(result, *changed.popitem()) for result, changed in changes if len(changed) == 1]
-
-    base = max(tuned["poet-ortho"], key=lambda result: len(neighbours(result)))
+    base = min(tuned["poet-ortho"], key=loss_of)
+    changes = [(result, _changes(base["run"], result["run"])) for result in others]
+    neighbours = [(result, *changed.popitem()) for result, changed in changes if len(changed) == 1]
     rows = [["", "", f"{loss_of(base):.3f}", ""]]
     for result in tuned.get("poet-ortho-adamw", []):
         rows.append(["optimizer", "AdamW", f"{loss_of(result):.3f}", difference_text([result], [base])])
-    for result, what, value in neighbours(base):
+    for result, what, value in neighbours:
+        value = ORTHO_UNLESS_SAID.get(what) if value is None else value
         text = "by default" if value is None and what != "matrix_lr" else _value_text(what, value)
         rows.append([what.replace("_", " "), text, f"{loss_of(result):.3f}", difference_text([result], [base])])
     rows.sort(key=lambda row: (row[0], row[1]))
@@ -288,10 +288,7 @@ of layer: their RMS, and the largest and the median one over it.
         text += f"""
 ### What each part of the recipe gives
 
-One setting changed, {shortest} steps, seed 42, nothing tuned again, from the run with which most others can be
-compared in this way, the first row. Gains (numbers that multiply what a layer returns, by layer or by output feature,
-trained with the rest), spectra, and angles that differ by layer, follow a power of the schedule or are cut after it
-("max angle") are tried by the benchmark alone; the package has no such option.
+One setting changed, {shortest} steps, seed 42, nothing tuned again, from the best run, the first row.
 
 {parts}
 """
