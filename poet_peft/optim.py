@@ -109,8 +109,8 @@ def poet_param_groups(
         "radians".
 
     Raises:
-        ValueError: a negative value, `poet_lr` beside `angle`, a weight whose size cannot be read, or no rotation in
-            the model is trainable.
+        ValueError: a negative value, `poet_lr` beside `angle`, a weight whose size cannot be read, a trainable
+            parameter on the meta device, or no rotation in the model is trainable.
     """
     numbers = {"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay}
     for name, value in (numbers | ({} if isinstance(angle, AngleLaw) else {"angle": angle})).items():
@@ -125,6 +125,7 @@ def poet_param_groups(
             "the model has no trainable rotation: wrap it first, get_peft_model(model, POETConfig(...)), and load "
             "adapters to train further with is_trainable=True."
         )
+    _check_has_data(model)
     embeddings = {
         id(parameter)
         for module in model.modules()
@@ -142,6 +143,16 @@ def poet_param_groups(
         decays = id(parameter) not in embeddings and parameter.dim() >= 2 and weight_decay > 0
         rest["decay" if decays else "no_decay"]["params"].append(parameter)
     return [*groups, *(group for group in rest.values() if group["params"])]
+
+
+def _check_has_data(model: nn.Module) -> None:
+    """An optimizer of parameters on the meta device would run, and train nothing."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_meta:
+            raise ValueError(
+                f"the parameter {name!r} is on the meta device, where an optimizer trains nothing. Load the weights "
+                "first; a model that accelerate offloads whole (cpu_offload, disk_offload) cannot be trained."
+            )
 
 
 def _rotation_groups(

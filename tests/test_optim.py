@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from models import (
     REGIMES,
     adamw,
@@ -105,6 +105,12 @@ def test_rotations_have_a_group_of_their_own_without_decay(build):
 @pytest.mark.parametrize("name", ["pretraining", "tied", "biases", "biases-and-rest", "classifier", "transformers"])
 def test_everything_but_the_rotations_has_the_other_learning_rate(name):
     assert {group["lr"] for key, group in groups_by_name(MODELS[name]()).items() if key != "poet"} == {1e-3}
+
+
+def test_a_model_that_is_offloaded_whole_is_refused():
+    model = cpu_offload(wrap(llama(), "pretraining"), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"parameter '.+' is on the meta device.*offloads whole"):
+        poet_param_groups(model, lr=1e-3, poet_lr=2e-3)
 
 
 @each_model
