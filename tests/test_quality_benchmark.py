@@ -408,11 +408,46 @@ def test_pattern_fits_into_a_cell_of_a_table():
 def test_variants_are_no_runs_of_the_search():
     runs = [result("poet-ortho"), result("poet-ortho", loss=0.5, options={"variant.gains": "layer"})]
     assert [run["loss"] for run in quality_runs.tuning_runs(runs)["poet-ortho"]] == [1.0]
-    assert "| gains | layer | 0.500 |" in report.parts_table(runs)
+    assert "| gains | none | layer | 1.000 | 0.500 |" in report.parts_table(runs, runs[0])
 
 
 def test_a_run_that_no_other_differs_from_by_one_thing_has_no_table_of_parts():
-    assert report.parts_table([result("poet-ortho"), result("poet-ortho", lr=2e-2, matrix_lr=1e-2)]) == ""
+    runs = [result("poet-ortho"), result("poet-ortho", lr=2e-2, matrix_lr=1e-2)]
+    assert report.parts_table(runs, runs[0]) == ""
+
+
+def test_parts_are_pairs_whose_first_run_has_what_the_best_run_has():
+    """The better of two such pairs, and none that only worse values of another setting would make."""
+    best = result("poet-ortho", loss=1.0, weight_decay=0.0)
+    other = result("poet-ortho", loss=1.2, weight_decay=0.0, warmup=0.1, lr=2e-2)
+    pair = [
+        result("poet-ortho", loss=loss, lr=2e-2, weight_decay=0.0, options=o) for loss, o in ((1.1, {}), (1.3, LATE))
+    ]
+    rows = report.parts_table([best, other, *pair], best).splitlines()[2:]
+    assert [row[: row.index("+") - 1] for row in rows] == [
+        "| other rate | 0.01 | 0.02 | 1.000 | 1.100 |",
+        "| max angle | none | 0.024 | 1.100 | 1.300 |",
+        "| warmup | 0.0 | 0.1 | 1.100 | 1.200 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({"matrix_lr": None}, "| matrix rate | 0.001 | by the angle law | 1.000 | 1.500 |"),
+        ({"method": "poet-ortho-adamw"}, "| optimizer | RotationMuon | AdamW | 1.000 | 1.500 |"),
+        ({"options": {"optimizer.alternate": False}}, "| alternate | True | False | 1.000 | 1.500 |"),
+        ({"options": {"optimizer.decorrelation": 0.25}}, "| decorrelation | 0.0 | 0.25 | 1.000 | 1.500 |"),
+    ],
+)
+def test_settings_that_a_run_does_not_name_have_their_values_in_the_table_of_parts(changes, row):
+    runs = [result("poet-ortho"), result(**{"method": "poet-ortho", "loss": 1.5, **changes})]
+    assert row in report.parts_table(runs, runs[0])
+
+
+def test_runs_that_diverged_are_parts_too():
+    runs = [result("poet-ortho"), result("poet-ortho", loss=None, lr=2e-2)]
+    assert "| other rate | 0.01 | 0.02 | 1.000 | diverged |" in report.parts_table(runs, runs[0])
 
 
 def test_results_of_one_length_have_no_final_runs():

@@ -11,11 +11,13 @@ from .quality_runs import (
     difference,
     final_runs,
     is_bracketed,
+    is_variant,
     long_runs,
     loss_of,
     mean_loss,
     near_best,
     read,
+    runs_of,
     short_runs,
     steps_of,
     tuning_runs,
@@ -175,37 +177,66 @@ def spectra_table(results):
     return table([*header, "largest / RMS", "median / RMS"], rows) if rows else ""
 
 
-def parts_table(results):
-    """What comes of changing one thing of the recipe, from its best run."""
-    tuned = tuning_runs(results)
-    if "poet-ortho" not in tuned:
-        return ""
-    others = [result for result in short_runs(results) if result["run"]["method"] == "poet-ortho"]
-    base = min(tuned["poet-ortho"], key=loss_of)
-    changes = [(result, _changes(base["run"], result["run"])) for result in others]
-    neighbours = [(result, *changed.popitem()) for result, changed in changes if len(changed) == 1]
-    rows = [["", "", f"{loss_of(base):.3f}", ""]]
-    for result in tuned.get("poet-ortho-adamw", []):
-        rows.append(["optimizer", "AdamW", f"{loss_of(result):.3f}", difference_text([result], [base])])
-    for result, what, value in neighbours:
-        value = ORTHO_UNLESS_SAID.get(what) if value is None else value
-        text = "by default" if value is None and what != "matrix_lr" else _value_text(what, value)
-        rows.append([what.replace("_", " "), text, f"{loss_of(result):.3f}", difference_text([result], [base])])
-    rows.sort(key=lambda row: (row[0], row[1]))
-    return table(["setting", "value", "loss", "over the unchanged run"], rows) if len(rows) > 1 else ""
+def parts_table(runs, best):
+    """What each setting of POET's best run gives: pairs of runs that differ in that alone, the best pair for each.
+
+    Args:
+        runs: of one length and one seed, the best one among them.
+    """
+    candidates = sorted((run for run in runs if run["family"].startswith("poet-ortho")), key=loss_of)
+    of_package = [run for run in candidates if run["run"]["method"] == "poet-ortho" and not is_variant(run)]
+    pairs = {}
+    for base in of_package:
+        for other in candidates:
+            changes = _changes(base["run"], other["run"])
+            if len(changes) == 1:
+                ((what, value),) = changes.items()
+                if _value_of(base["run"], what) == _value_of(best["run"], what):
+                    pairs.setdefault((what, str(value)), (base, other))
+    rows = [
+        [
+            _setting_text(what),
+            _value_text(what, _value_of(base["run"], what)),
+            _value_text(what, _value_of(other["run"], what)),
+            f"{loss_of(base):.3f}",
+            "diverged" if other["loss"] is None else f"{loss_of(other):.3f}",
+            difference_text([other], [base]),
+        ]
+        for (what, _), (base, other) in sorted(pairs.items(), key=lambda item: item[0])
+    ]
+    header = ["setting", "best run has", "instead", "loss", "loss instead", "difference"]
+    return table(header, rows) if rows else ""
+
+
+_UNLESS_SAID = {**ORTHO_UNLESS_SAID, "block_size": 256, "base_init_scale": 1.0, "nesterov": True, "alternate": True}
+
+
+def _setting_text(what):
+    return {"method": "optimizer", "lr": "other rate", "matrix_lr": "matrix rate"}.get(what, what.replace("_", " "))
+
+
+def _value_of(run, what):
+    """What a run has for a setting, one of its own or an option by its name; None where it says nothing."""
+    named = {name.partition(".")[2]: value for name, value in run["options"].items()}
+    return run[what] if what in run else named.get(what, _UNLESS_SAID.get(what))
 
 
 def _changes(run, other):
-    """What the settings of the other run are where they differ, None where it has none; options by their names."""
-    changes = {key: value for key, value in other.items() if run[key] != value and key != "options"}
-    names = run["options"].keys() | other["options"].keys()
-    pairs = {name.partition(".")[2]: (run["options"].get(name), other["options"].get(name)) for name in names}
-    return changes | {name: new for name, (old, new) in pairs.items() if old != new}
+    """What the settings of the other run are where they differ; another optimizer has no settings of this one."""
+    names = {name.partition(".")[2] for name in run["options"].keys() | other["options"].keys()}
+    if run["method"] != other["method"]:
+        names -= {name.removeprefix("optimizer.") for name in run["options"] if name.startswith("optimizer.")}
+    values = {name: _value_of(other, name) for name in [*(run.keys() - {"options"}), *sorted(names)]}
+    return {name: value for name, value in values.items() if value != _value_of(run, name)}
 
 
 def _value_text(what, value):
     if what == "matrix_lr" and value is None:
         return "by the angle law"
+    if what == "method":
+        return {"poet-ortho": "RotationMuon", "poet-ortho-adamw": "AdamW"}[value]
+    if value is None:
+        return "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else option_text(value)
 
 
@@ -235,7 +266,8 @@ def _of_one(size, data, results):
     first = results[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     tuned = tuning_runs(results)
-    (shortest, *_), tokens = steps_of(results), next(iter(tuned.values()))[0]["tokens"]
+    shortest, longest = steps_of(results)[0], steps_of(results)[-1]
+    tokens = next(iter(tuned.values()))[0]["tokens"]
     of_tokens = f"{first['held_out_tokens']:,}" if "held_out_tokens" in first else "the held-out"
     text = f"""## {first["parameters"]["model"] / 1e6:.1f}M parameters on {DATA[data]}
 
@@ -269,7 +301,7 @@ number of runs:
         text += f"""
 ### The settings of the long runs
 
-All that were tried over {steps_of(results)[-1]:,} steps, nothing left out. The choice is by the mean, among the
+All that were tried over {longest:,} steps, nothing left out. The choice is by the mean, among the
 settings with the most seeds: one seed alone may be lucky.
 
 {long_settings_table(results)}
@@ -283,13 +315,20 @@ of layer: their RMS, and the largest and the median one over it.
 
 {shapes}
 """
-    parts = parts_table(results)
-    if parts:
-        text += f"""
+    best_short, best_long = (found(results).get("poet-ortho", []) for found in (tuning_runs, final_runs))
+    parts = {
+        shortest: parts_table(short_runs(results), best_short[0]) if best_short else "",
+        longest: parts_table(runs_of(results, longest), best_long[0]) if best_long else "",
+    }
+    if any(parts.values()):
+        text += """
 ### What each part of the recipe gives
 
-One setting changed, {shortest} steps, seed 42, nothing tuned again, from the best run, the first row.
-
-{parts}
+Two runs a row, of seed 42, which differ in one setting alone; of all such pairs whose first run has the best run's
+value, the one with the lowest loss. Nothing was tuned again after the change. The errors are those of the held-out
+text; what another seed does is in the table of the long runs.
 """
+    for steps, pairs in parts.items():
+        if pairs:
+            text += f"\nAfter {steps:,} steps:\n\n{pairs}\n"
     return text

@@ -24,21 +24,29 @@ def loss_of(result):
     return math.inf if result["loss"] is None else result["loss"]
 
 
+def is_variant(result):
+    return result["family"].endswith(VARIANT)
+
+
 def steps_of(results):
     return sorted({result["run"]["steps"] for result in results})
 
 
 def short_runs(results):
     """Those of the fewest steps, of one seed."""
-    shortest = steps_of(results)[0]
-    return [result for result in results if result["run"]["steps"] == shortest and result["run"]["seed"] == 42]
+    return runs_of(results, steps_of(results)[0])
+
+
+def runs_of(results, steps):
+    """Those of a length, of one seed."""
+    return [result for result in results if result["run"]["steps"] == steps and result["run"]["seed"] == 42]
 
 
 def tuning_runs(results):
     """The results that chose the settings, by family, best first: one seed, the shortest runs."""
     families = {}
     for result in short_runs(results):
-        if not result["family"].endswith(VARIANT):
+        if not is_variant(result):
             families.setdefault(result["family"], []).append(result)
     families = {family: sorted(runs, key=loss_of) for family, runs in families.items()}
     return dict(sorted(families.items(), key=lambda item: loss_of(item[1][0])))
