@@ -243,12 +243,13 @@ def test_weights_grow_with_the_angles_of_the_steps(pattern, of_queries, tokens):
     assert torch.stack(grown).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_angles_shrink_as_weights_grow(tokens):
-    run = replace(START, method="poet-ortho", options={"variant.growth": 2.0}, matrix_lr=0.02, steps=2)
+@pytest.mark.parametrize(("options", "power"), [({}, 1), ({"variant.shrinking": 0.5}, 0.5)])
+def test_angles_shrink_as_weights_grow(options, power, tokens):
+    run = replace(START, method="poet-ortho", options={"variant.growth": 2.0, **options}, matrix_lr=0.02, steps=2)
     model, (optimizer,) = build(run, tokens)
     _train(run, tokens, model, [optimizer], lambda model, step: None)
     (rate,) = {group["lr"] for group in optimizer.param_groups if "blocks" in group}
-    assert rate == pytest.approx(0.02 * schedule(1, run) / (1 + 2.0 * 0.02))
+    assert rate == pytest.approx(0.02 * schedule(1, run) / (1 + 2.0 * 0.02) ** power)
 
 
 def test_growing_weights_keep_the_shape_of_their_spectra(tokens):

@@ -44,10 +44,11 @@ class Run:
         options: a method's own settings, "config.NAME" of its PEFT configuration, "optimizer.NAME" of the optimizer of
             its linear layers, "groups.NAME" of `poet_param_groups`, "init.scale" and "init.scale_pattern" of the
             initial weights of methods other than POET, and "variant.NAME" of `poet_variants`: "spectra", "gains" and
-            "angles", "growth", by how much weights grow over the angle of each step, while their angles shrink alike,
-            "growth_pattern", its factors by the layer, "angle_power", of the schedule as the angles follow it, and
-            "max_angle", at which the angle law is cut in every step, instead of once before the schedule. Unless
-            "optimizer.NAME" says otherwise, the momentum of "poet-ortho" is 0.95 and its sides are not decorrelated.
+            "angles", "growth", by how much weights grow over the angle of each step, "growth_pattern", its factors by
+            the layer, "shrinking", the power of their size by which angles are divided then (1 unless given),
+            "angle_power", of the schedule as the angles follow it, and "max_angle", at which the angle law is cut in
+            every step, instead of once before the schedule. Unless "optimizer.NAME" says otherwise, the momentum of
+            "poet-ortho" is 0.95 and its sides are not decorrelated.
     """
 
     method: str
@@ -191,6 +192,7 @@ def _train(run, tokens, model, optimizers, observe):
     in_linear = [parameter for layer in targeted_layers(model) for parameter in layer.parameters()]
     limit = 2 * math.log(tokens.vocab_size)
     angle_power, max_angle = run.options.get("variant.angle_power", 1), run.options.get("variant.max_angle", math.inf)
+    shrinking = run.options.get("variant.shrinking", 1)
     wall, cpu, losses, curve = [], [], [], []
     gradient_bytes = diverged = None
     observe(model, 0)
@@ -199,7 +201,7 @@ def _train(run, tokens, model, optimizers, observe):
         part = schedule(step, run)
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = min(peak * part**angle_power, max_angle) if "blocks" in group else peak * part
-            group["lr"] /= group.get("size", 1.0)
+            group["lr"] /= group.get("size", 1.0) ** shrinking
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         if gradient_bytes is None:
