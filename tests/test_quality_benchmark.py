@@ -393,6 +393,23 @@ def test_variants_are_no_final_runs_but_listed_among_the_settings():
     assert len(others) == 3
 
 
+def test_summary_has_the_long_runs_of_every_size(monkeypatch):
+    """A size with short runs alone is left out, once there are long ones of another."""
+
+    def of_size(millions, steps):
+        runs = [result(method, steps=n) for method in ("adamw", "muon", "poet-ortho") for n in steps]
+        return [run | {"parameters": {"model": millions * 10**6}} for run in runs]
+
+    found = {("4m", "stdlib"): of_size(4, (400, 1600)), ("15m", "gsm8k"): of_size(15, (400, 1600))}
+    monkeypatch.setattr(report, "read", lambda: {**found, ("60m", "stdlib"): of_size(60, (400,))})
+    text = report.summary()
+    assert [line for line in text.splitlines() if line.endswith(":")] == [
+        "4.0M parameters, on the source of the Python standard library:",
+        "15.0M parameters, on GSM8K:",
+    ]
+    assert text.count("| Muon | 1.000 |") == 2
+
+
 def test_spectra_are_those_of_the_best_run_that_has_them():
     found = {"up_proj": {"rms": [0.5, 1.0], "largest": [1.6, 1.8], "median": [0.9, 0.9]}}
     runs = [result("muon", loss=1.0), result("muon", lr=2e-2, loss=2.0) | {"spectra": found}]

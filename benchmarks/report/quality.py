@@ -241,17 +241,25 @@ def _value_text(what, value):
 
 
 def summary():
-    """What README.md says: the long runs, or the short ones where there are none."""
+    """What README.md says: the long runs of every size, or the short ones of the first where there are none."""
     found = read()
+    measured = {key: results for key, results in found.items() if final_runs(results)}
+    if measured:
+        tables = [f"{_model_and_data(*item)}:\n\n{final_table(item[1])}\n" for item in measured.items()]
+        return (
+            "Pretraining from random weights, each method at its best settings of those tried (mean and standard error "
+            "of the\nseeds, where there are several).\n\n" + "\n".join(tables)
+        )
     if not found:
         return ""
-    measured = [item for item in found.items() if final_runs(item[1])]
-    (_, data), results = measured[-1] if measured else next(iter(found.items()))
-    size = f"{results[0]['parameters']['model'] / 1e6:.1f}M parameters"
-    about = f"Pretraining from random weights, {size}, on {DATA[data]}, each method at its best\n"
-    if measured:
-        return f"{about}settings, chosen mostly in shorter runs (mean and standard error):\n\n{final_table(results)}\n"
-    return f"{about}learning rates, short runs:\n\n{tuning_table(results)}\n"
+    key, results = next(iter(found.items()))
+    return (
+        f"Pretraining from random weights, {_model_and_data(key, results)}, short runs:\n\n{tuning_table(results)}\n"
+    )
+
+
+def _model_and_data(size_and_data, results):
+    return f"{results[0]['parameters']['model'] / 1e6:.1f}M parameters, on {DATA[size_and_data[1]]}"
 
 
 def section():
