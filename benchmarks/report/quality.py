@@ -246,10 +246,8 @@ def summary():
     measured = {key: results for key, results in found.items() if final_runs(results)}
     if measured:
         tables = [f"{_model_and_data(*item)}:\n\n{final_table(item[1])}\n" for item in measured.items()]
-        return (
-            "Pretraining from random weights, each method at its best settings of those tried (mean and standard error "
-            "of the\nseeds, where there are several).\n\n" + "\n".join(tables)
-        )
+        about = "Pretraining from random weights, each method at its best settings of those tried (mean and standard"
+        return f"{about} error of\nthe seeds, where there are several).\n\n" + "\n".join(tables)
     if not found:
         return ""
     key, results = next(iter(found.items()))
