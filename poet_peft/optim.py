@@ -118,6 +118,7 @@ def poet_param_groups(
             raise ValueError(f"{name}={value} must not be negative.")
     if poet_lr is not None and angle is not None:
         raise ValueError(f"poet_lr={poet_lr} and angle={angle} both say how far a step turns; pass one of them.")
+    _check_has_data(model)
     groups = _rotation_groups(model, lr, poet_lr, AngleLaw() if angle is None else angle)
     rotations = {id(parameter) for group in groups for parameter in group["params"]}
     if not rotations:
@@ -125,7 +126,6 @@ def poet_param_groups(
             "the model has no trainable rotation: wrap it first, get_peft_model(model, POETConfig(...)), and load "
             "adapters to train further with is_trainable=True."
         )
-    _check_has_data(model)
     embeddings = {
         id(parameter)
         for module in model.modules()

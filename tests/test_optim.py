@@ -107,10 +107,11 @@ def test_everything_but_the_rotations_has_the_other_learning_rate(name):
     assert {group["lr"] for key, group in groups_by_name(MODELS[name]()).items() if key != "poet"} == {1e-3}
 
 
-def test_a_model_that_is_offloaded_whole_is_refused():
+@pytest.mark.parametrize("angles", [{"poet_lr": 2e-3}, {}], ids=["poet_lr", "law"])
+def test_a_model_that_is_offloaded_whole_is_refused(angles):
     model = cpu_offload(wrap(llama(), "pretraining"), execution_device="cpu")
     with pytest.raises(ValueError, match=r"parameter '.+' is on the meta device.*offloads whole"):
-        poet_param_groups(model, lr=1e-3, poet_lr=2e-3)
+        poet_param_groups(model, lr=1e-3, **angles)
 
 
 @each_model
