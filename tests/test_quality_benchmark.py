@@ -463,6 +463,13 @@ def test_settings_that_a_run_does_not_name_have_their_values_in_the_table_of_par
     assert row in report.parts_table(runs, runs[0])
 
 
+@pytest.mark.parametrize("lengths", [[400], [400, 1600]])
+def test_runs_of_every_length_have_their_parts(lengths):
+    runs = [result(method, steps=steps) for method in ("adamw", "muon", "poet-ortho") for steps in lengths]
+    runs += [result("poet-ortho", loss=1.5, steps=steps, lr=2e-2) for steps in lengths]
+    assert [steps for steps, _ in report.parts_tables(runs)] == lengths
+
+
 def test_runs_that_diverged_are_parts_too():
     runs = [result("poet-ortho"), result("poet-ortho", loss=None, lr=2e-2)]
     assert "| other rate | 0.01 | 0.02 | 1.000 | diverged |" in report.parts_table(runs, runs[0])

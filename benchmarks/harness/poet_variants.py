@@ -5,6 +5,7 @@ import math
 import torch
 
 from poet_peft import AngleLaw
+from poet_peft.layer import poet_layers
 from poet_peft.weights.initial import scale_of
 
 from .llama import kinds_of_layers, targeted_layers
@@ -62,33 +63,28 @@ def _add_gain(layer, shape):
 
 
 def let_grow(model, groups, rate, factors):
-    """Groups of rotations whose weights `grow` with them, cut so that all weights of a group grow alike.
+    """Groups whose weights `grow` as they are turned: one for each rotation, and the others as they are.
 
     Args:
         rate: by how much a weight grows, over the angle of the step that has turned it.
         factors: of the rate, for the layers whose names match a pattern.
     """
     layers = {
-        id(rotation): layer
-        for layer in targeted_layers(model)
-        for name, rotation in layer.named_parameters()
-        if name.startswith("poet_")
+        rotation.weight: layer
+        for _, layer in poet_layers(model)
+        for adapter in layer.poet_config
+        for rotation in layer.rotations(adapter)
     }
     found = []
     for group in groups:
-        if "blocks" not in group:
+        if "blocks" in group:
+            for rotation, blocks, side in zip(group["params"], group["blocks"], group["sides"], strict=True):
+                layer = layers[rotation]
+                turned = [layer.base_layer.weight] if side == "R" else []  # once, not with both of its rotations
+                growth = {"growth": scale_of(layer.module_name, rate, factors), "size": 1.0, "turned": turned}
+                found.append({**group, "params": [rotation], "blocks": [blocks], "sides": [side], **growth})
+        else:
             found.append(group)
-            continue
-        by_rate = {}
-        for rotation, blocks, side in zip(group["params"], group["blocks"], group["sides"], strict=True):
-            layer = layers[id(rotation)]
-            own_rate = scale_of(layer.module_name, rate, factors)
-            part = by_rate.setdefault(own_rate, {"params": [], "blocks": [], "sides": [], "turned": []})
-            for key, value in (("params", rotation), ("blocks", blocks), ("sides", side)):
-                part[key].append(value)
-            if side == "R":
-                part["turned"].append(layer.base_layer.weight)
-        found += [{**group, **part, "growth": own_rate, "size": 1.0} for own_rate, part in by_rate.items()]
     return found
 
 
@@ -98,7 +94,8 @@ def grow(groups):
     for group in groups:
         if "growth" in group:
             factor = 1 + group["growth"] * group["lr"]
-            torch._foreach_mul_(group["turned"], factor)
+            for weight in group["turned"]:
+                weight *= factor
             group["size"] *= factor
 
 

@@ -18,7 +18,6 @@ from .quality_runs import (
     near_best,
     read,
     runs_of,
-    short_runs,
     steps_of,
     tuning_runs,
 )
@@ -177,6 +176,18 @@ def spectra_table(results):
     return table([*header, "largest / RMS", "median / RMS"], rows) if rows else ""
 
 
+def parts_tables(results):
+    """`parts_table` of the short and of the long runs, `(steps, table)`; without those that have no pairs."""
+    steps = steps_of(results)
+    chosen = (steps[0], tuning_runs(results)), (steps[-1], final_runs(results))
+    tables = [
+        (length, parts_table(runs_of(results, length), families["poet-ortho"][0]))
+        for length, families in chosen
+        if "poet-ortho" in families
+    ]
+    return [(length, pairs) for length, pairs in tables if pairs]
+
+
 def parts_table(runs, best):
     """What each setting of POET's best run gives: pairs of runs that differ in that alone, the best pair for each.
 
@@ -184,50 +195,53 @@ def parts_table(runs, best):
         runs: of one length and one seed, the best one among them.
     """
     candidates = sorted((run for run in runs if run["family"].startswith("poet-ortho")), key=loss_of)
-    of_package = [run for run in candidates if run["run"]["method"] == "poet-ortho" and not is_variant(run)]
+    candidates = [(run, _settings(run["run"])) for run in candidates]
+    wanted = _settings(best["run"])
     pairs = {}
-    for base in of_package:
-        for other in candidates:
-            changes = _changes(base["run"], other["run"])
-            if len(changes) == 1:
-                ((what, value),) = changes.items()
-                if _value_of(base["run"], what) == _value_of(best["run"], what):
-                    pairs.setdefault((what, str(value)), (base, other))
+    for base, old in candidates:
+        if base["run"]["method"] != "poet-ortho" or is_variant(base):
+            continue
+        for other, new in candidates:
+            changed = _changed(old, new)
+            if len(changed) == 1:
+                (what,) = changed
+                if old.get(what) == wanted.get(what):
+                    values = old.get(what), new.get(what)
+                    pairs.setdefault((what, str(values[1])), (base, other, values))
     rows = [
         [
             _setting_text(what),
-            _value_text(what, _value_of(base["run"], what)),
-            _value_text(what, _value_of(other["run"], what)),
+            *(_value_text(what, value) for value in values),
             f"{loss_of(base):.3f}",
             "diverged" if other["loss"] is None else f"{loss_of(other):.3f}",
             difference_text([other], [base]),
         ]
-        for (what, _), (base, other) in sorted(pairs.items(), key=lambda item: item[0])
+        for (what, _), (base, other, values) in sorted(pairs.items(), key=lambda item: item[0])
     ]
     header = ["setting", "best run has", "instead", "loss", "loss instead", "difference"]
     return table(header, rows) if rows else ""
 
 
-_UNLESS_SAID = {**ORTHO_UNLESS_SAID, "block_size": 256, "base_init_scale": 1.0, "nesterov": True, "alternate": True}
+_OF_ROTATION_MUON = {**ORTHO_UNLESS_SAID, "nesterov": True, "alternate": True}
+_UNLESS_SAID = {**_OF_ROTATION_MUON, "block_size": 256, "base_init_scale": 1.0}
+
+
+def _settings(run):
+    """All settings of a run by their names, its options among them, also those that it leaves at their values."""
+    options = {name.partition(".")[2]: value for name, value in run["options"].items()}
+    return {**_UNLESS_SAID, **options, **{name: value for name, value in run.items() if name != "options"}}
+
+
+def _changed(old, new):
+    """The names of the settings in which two runs differ; those of an optimizer only where both have it."""
+    names = old.keys() | new.keys()
+    if old["method"] != new["method"]:
+        names -= _OF_ROTATION_MUON.keys()
+    return {name for name in names if old.get(name) != new.get(name)}
 
 
 def _setting_text(what):
     return {"method": "optimizer", "lr": "other rate", "matrix_lr": "matrix rate"}.get(what, what.replace("_", " "))
-
-
-def _value_of(run, what):
-    """What a run has for a setting, one of its own or an option by its name; None where it says nothing."""
-    named = {name.partition(".")[2]: value for name, value in run["options"].items()}
-    return run[what] if what in run else named.get(what, _UNLESS_SAID.get(what))
-
-
-def _changes(run, other):
-    """What the settings of the other run are where they differ; another optimizer has no settings of this one."""
-    names = {name.partition(".")[2] for name in run["options"].keys() | other["options"].keys()}
-    if run["method"] != other["method"]:
-        names -= {name.removeprefix("optimizer.") for name in run["options"] if name.startswith("optimizer.")}
-    values = {name: _value_of(other, name) for name in [*(run.keys() - {"options"}), *sorted(names)]}
-    return {name: value for name, value in values.items() if value != _value_of(run, name)}
 
 
 def _value_text(what, value):
@@ -321,12 +335,7 @@ of layer: their RMS, and the largest and the median one over it.
 
 {shapes}
 """
-    best_short, best_long = (found(results).get("poet-ortho", []) for found in (tuning_runs, final_runs))
-    parts = {
-        shortest: parts_table(short_runs(results), best_short[0]) if best_short else "",
-        longest: parts_table(runs_of(results, longest), best_long[0]) if best_long else "",
-    }
-    if any(parts.values()):
+    if parts := parts_tables(results):
         text += """
 ### What each part of the recipe gives
 
@@ -334,7 +343,6 @@ Two runs a row, of seed 42, which differ in one setting alone; of all such pairs
 value, the one with the lowest loss. Nothing was tuned again after the change. The errors are those of the held-out
 text; what another seed does is in the table of the long runs.
 """
-    for steps, pairs in parts.items():
-        if pairs:
-            text += f"\nAfter {steps:,} steps:\n\n{pairs}\n"
+    for steps, pairs in parts:
+        text += f"\nAfter {steps:,} steps:\n\n{pairs}\n"
     return text

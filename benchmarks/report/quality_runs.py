@@ -76,7 +76,7 @@ def long_runs(results):
 
 def final_runs(results):
     """The best settings of each family among `long_runs`, best family first; without variants."""
-    best = {family: lists[0] for family, lists in long_runs(results).items() if not family.endswith(VARIANT)}
+    best = {family: lists[0] for family, lists in long_runs(results).items() if not is_variant(lists[0][0])}
     return dict(sorted(best.items(), key=lambda item: mean_loss(item[1])))
 
 
