@@ -145,6 +145,11 @@ def test_settings_of_a_run_are_in_its_name():
     assert len({START.name, *(replace(START, **change).name for change in changes)}) == len(changes) + 1
 
 
+def test_runs_of_many_settings_have_names_of_files():
+    names = {replace(START, options={"config.block_size_pattern": {"a" * 250: size}}).name for size in (8, 16)}
+    assert len(names) == 2 and max(map(len, names)) <= 250
+
+
 def test_run_is_read_back_from_its_result(tokens):
     run = replace(START, steps=1, options={"optimizer.momentum": 0.5}, method="muon")
     assert Run(**json.loads(json.dumps(measure(run, tokens)["run"]))) == run

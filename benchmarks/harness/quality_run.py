@@ -1,5 +1,6 @@
 """One run of the pretraining comparison: its settings, its training loop, and what it measures."""
 
+import hashlib
 import math
 import platform
 import statistics
@@ -23,6 +24,7 @@ MIN_LR = 0.01  # of the peak
 MAX_NORM = 1.0
 TRAIN_LOG, HELD_OUT_LOG = 10, 100  # steps
 NUM_CURVE = 64  # held-out sequences of the loss curve; the loss at the end is that of all
+_LONGEST_NAME = 245  # a file has at most 255 characters, with its ending
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ class Run:
         options = [f"{key.partition('.')[2]}={_in_name(value)}" for key, value in sorted(self.options.items())]
         beta1, beta2 = self.betas
         others = [f"wd{self.weight_decay:g}", f"wu{self.warmup:g}", f"b{beta1:g}-{beta2:g}", self.base_init]
-        return "_".join([self.method, str(self.steps), f"s{self.seed}", *rates, *others, *options])
+        name = "_".join([self.method, str(self.steps), f"s{self.seed}", *rates, *others, *options])
+        if len(name) <= _LONGEST_NAME:
+            return name
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return f"{name[: _LONGEST_NAME - len(digest) - 1]}_{digest}"
 
     @property
     def family(self):
