@@ -434,6 +434,20 @@ def test_variants_are_no_runs_of_the_search():
     assert "| gains | none | layer | 1.000 | 0.500 |" in report.parts_table(runs, runs[0])
 
 
+def test_costs_of_a_method_with_long_runs_alone_are_what_it_holds():
+    held = {"gradient_bytes": 10**6, "optimizer_bytes": 10**6, "step_cpu_seconds": 1.0}
+    runs = [result(method, steps=n) | held for method in ("adamw", "muon", "poet-ortho") for n in (400, 1600)]
+    runs.append(result("poet-ortho", steps=1600, options={"config.block_size": 512}) | held)
+    (row,) = (line for line in report.cost_table(runs).splitlines() if "b = 512" in line)
+    assert row == '| POET, recipe "ortho", b = 512 |  | 2.0 | 100 % |  |  |  |'
+
+
+def test_parts_are_those_of_the_best_blocks():
+    runs = [result(method, steps=n) for method in ("adamw", "muon", "poet-ortho") for n in (400, 1600)]
+    runs.append(result("poet-ortho", loss=0.5, steps=1600, options={"config.block_size": 512}))
+    assert report.parts_tables(runs)[-1][1].splitlines()[2].startswith("| block size | 512 | 256 | 0.500 | 1.000 |")
+
+
 def test_a_run_that_no_other_differs_from_by_one_thing_has_no_table_of_parts():
     runs = [result("poet-ortho"), result("poet-ortho", lr=2e-2, matrix_lr=1e-2)]
     assert report.parts_table(runs, runs[0]) == ""

@@ -99,20 +99,22 @@ def initial_weights_table(results):
 
 
 def cost_table(results):
-    families = tuning_runs(results)
-    baseline = families.get(BASELINE)
+    """What the methods hold, and their times where there are short runs of them: those of one machine."""
+    short = tuning_runs(results)
+    only_long = {family: runs for family, runs in final_runs(results).items() if family not in short}
+    baseline = short.get(BASELINE)
     rows = []
-    for family, runs in families.items():
+    for family, runs in {**short, **only_long}.items():
         best = runs[0]
         held = best["gradient_bytes"] + best["optimizer_bytes"]
         if baseline:
             of_baseline = baseline[0]["gradient_bytes"] + baseline[0]["optimizer_bytes"]
             share = f"{100 * held / of_baseline:.0f} %"
-            time = f"{_step_seconds(runs) / _step_seconds(baseline):.2f}"
+            time = f"{_step_seconds(runs) / _step_seconds(baseline):.2f}" if family in short else ""
         else:
             share = time = ""
         drift = f"{best['drift']['relative']:.0e}" if "drift" in best else ""
-        ranges = [range_text(runs, field) for field in ("matrix_lr", "lr")]
+        ranges = [range_text(runs, field) if family in short else "" for field in ("matrix_lr", "lr")]
         rows.append([name_of(family), time, f"{held / 1e6:.1f}", share, drift, *ranges])
     header = ["method", "step / AdamW's", "gradients and state, MB", "of AdamW's", "drift"]
     return table([*header, "matrix rates within 2 %", "other rates within 2 %"], rows)
@@ -180,11 +182,11 @@ def parts_tables(results):
     """`parts_table` of the short and of the long runs, `(steps, table)`; without those that have no pairs."""
     steps = steps_of(results)
     chosen = (steps[0], tuning_runs(results)), (steps[-1], final_runs(results))
-    tables = [
-        (length, parts_table(runs_of(results, length), families["poet-ortho"][0]))
-        for length, families in chosen
-        if "poet-ortho" in families
-    ]
+    tables = []
+    for length, families in chosen:
+        of_poet = [runs[0] for runs in families.values() if runs[0]["run"]["method"] == "poet-ortho"]
+        if of_poet:
+            tables.append((length, parts_table(runs_of(results, length), of_poet[0])))
     return [(length, pairs) for length, pairs in tables if pairs]
 
 
