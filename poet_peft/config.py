@@ -21,6 +21,14 @@ from .weights.initial import SCHEMES, scale_of
 _MAPS = ("cayley_neumann", "cayley")
 _BIASES = ("none", "all", "poet_only")
 _RECIPES = {"ortho": {"merge_interval": 1, "reinit_interval": 0}, "paper": {"merge_interval": 400}}
+# Initial weights of the recipe "ortho": queries and keys larger, what the MLP adds to the residual stream smaller.
+_ORTHO_SIZES = {
+    "base_init_scale": 0.7,
+    "base_init_scale_pattern": {
+        "q_proj|k_proj|qkv_proj|query_key_value|c_attn": 1.5,
+        "down_proj|fc2|dense_4h_to_h|mlp.c_proj": 0.5,
+    },
+}
 _FILE_FORMAT = 1  # of adapter_config.json and of the tensors beside it
 
 
@@ -174,10 +182,11 @@ class POETConfig(PeftConfig):
         everything else trains as usual.
 
         Args:
-            recipe: "ortho" folds after every step and keeps the blocks that it drew, for `RotationMuon`. "paper" folds
-                every 400 steps into new random blocks, for AdamW (POET, arXiv 2506.08001).
+            recipe: "ortho" folds after every step and keeps the blocks that it drew, for `RotationMuon`; initial
+                weights have a size by the kind of layer. "paper" folds every 400 steps into new random blocks, for
+                AdamW, from rows of norm 1 (POET, arXiv 2506.08001).
             overrides: any settings of `POETConfig`. With a `merge_interval`, the recipe says nothing of
-                `reinit_interval` either.
+                `reinit_interval` and of sizes either; with a `base_init`, nothing of sizes.
 
         Raises:
             ValueError: an unknown recipe, or settings that contradict each other.
@@ -185,6 +194,8 @@ class POETConfig(PeftConfig):
         check_choice("recipe", recipe, tuple(_RECIPES))
         settings = {"target_modules": "all-linear", "block_size": 256, "base_init": "normalized", "train_rest": True}
         intervals = {} if "merge_interval" in overrides else _RECIPES[recipe]
+        if recipe == "ortho" and not overrides.keys() & {"merge_interval", "base_init"}:
+            settings |= _ORTHO_SIZES
         return cls(**{**settings, **intervals, **overrides})
 
     @property

@@ -33,7 +33,7 @@ class AngleLaw:
     """
 
     rho: float = 0.2
-    max_angle: float = 0.024
+    max_angle: float = 0.02
     side_exponent: float = 0.0
 
     def __post_init__(self) -> None:

@@ -297,7 +297,10 @@ def warn_of_unmatched_patterns(config: POETConfig, names: Collection[str]) -> No
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
         ]
         if unmatched:
-            warnings.warn(f"{setting} has keys that match no targeted layer and were ignored: {unmatched}.")
+            warnings.warn(
+                f"{setting} has keys that match no targeted layer and were ignored: {unmatched}. Write names of "
+                f"targeted layers, or leave these keys out, as with {setting}={{}}."
+            )
 
 
 def _warn_if_pretrained(model: nn.Module, config: POETConfig) -> None:

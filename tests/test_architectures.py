@@ -535,6 +535,13 @@ def test_dense_model_is_silent():
     assert warnings_of(ARCHITECTURES["llama"].build, target_modules=None) == []
 
 
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "llama", "mixtral", "opt", "qwen2"])
+def test_sizes_of_the_pretraining_recipe_know_the_names_of_layers(name):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="base_init_scale_pattern")
+        get_peft_model(ARCHITECTURES[name].build(), POETConfig.for_pretraining(block_size=2))
+
+
 def test_names_that_match_no_module_are_named_in_a_warning():
     (message,) = warnings_of(ARCHITECTURES["llama"].build, target_modules=["q_proj", "query"])
     assert message == "target_modules has names that match no module and were ignored: ['query']."

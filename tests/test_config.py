@@ -252,6 +252,20 @@ def test_for_pretraining_has_its_values():
     assert config.changes_base_weights
 
 
+@pytest.mark.parametrize(
+    ("layer", "scale"),
+    [("self_attn.q_proj", 1.05), ("self_attn.o_proj", 0.7), ("mlp.up_proj", 0.7), ("mlp.down_proj", 0.35)],
+)
+def test_for_pretraining_sizes_initial_weights_by_the_kind_of_layer(layer, scale):
+    assert POETConfig.for_pretraining().base_init_scale_of(f"model.layers.0.{layer}") == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("overrides", [{"recipe": "paper"}, {"merge_interval": 10}, {"base_init": "mup"}])
+def test_for_pretraining_otherwise_leaves_sizes_to_the_scheme(overrides):
+    config = POETConfig.for_pretraining(**overrides)
+    assert (config.base_init_scale, config.base_init_scale_pattern) == (1.0, {})
+
+
 def test_for_pretraining_by_the_papers_recipe_has_its_values():
     config = POETConfig.for_pretraining(recipe="paper")
     assert (config.target_modules, config.block_size, config.base_init) == ("all-linear", 256, "normalized")

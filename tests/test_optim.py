@@ -212,8 +212,8 @@ def test_law_reads_every_weight_once(monkeypatch):
 
 def test_clamped_angle_is_what_adam_gets():
     (group, *_) = poet_param_groups(wrap(llama(), block_size=16), lr=10.0)
-    assert group["lr"] == pytest.approx(0.024 / (2 * 16**0.5))
-    assert group["max_radians"] == 0.024
+    assert group["lr"] == pytest.approx(0.02 / (2 * 16**0.5))
+    assert group["max_radians"] == 0.02
 
 
 @pytest.mark.parametrize(("side", "share"), [("R", 80 / 48), ("P", 48 / 80)])

@@ -19,6 +19,8 @@ SIZES = {"4m": PRESETS["20m"], "15m": (512, 1376, 4, 8), "tiny": PRESETS["tiny"]
 
 # Settings of "poet-ortho" that a run without the option "optimizer.NAME" has, whatever the package's defaults are.
 ORTHO_UNLESS_SAID = {"momentum": 0.95, "decorrelation": 0.0}
+# And the angle law of a run without an angle.
+ANGLE_LAW = AngleLaw(max_angle=0.024)
 
 
 def build(run, tokens):
@@ -134,13 +136,14 @@ def poet_ortho_adamw(model, run):
 
 
 def ortho_groups(model, run):
-    angle = {} if run.matrix_lr is None else {"angle": run.matrix_lr}  # else the angle law
+    angle = ANGLE_LAW if run.matrix_lr is None else run.matrix_lr
     variant = options(run, "variant")
     if "angles" in variant:
-        angle = {"angle": AnglesByLayer(run.matrix_lr, variant["angles"])}
+        angle = AnglesByLayer(run.matrix_lr, variant["angles"])
     if "max_angle" in variant:
-        angle = {"angle": AngleLaw(max_angle=math.inf)}
-    return poet_param_groups(model, lr=run.lr, weight_decay=run.weight_decay, **angle, **options(run, "groups"))
+        angle = AngleLaw(max_angle=math.inf)
+    settings = {"lr": run.lr, "weight_decay": run.weight_decay, "angle": angle, **options(run, "groups")}
+    return poet_param_groups(model, **settings)
 
 
 def poet_model(model, run, **settings):
