@@ -99,6 +99,7 @@ PARTS = {
     "sides decorrelated by 0.5": with_option("optimizer.decorrelation", 0.5),
     "a gain for each output": with_option("variant.gains", "output"),
     "a gain for each layer": with_option("variant.gains", "layer"),
+    "weights that grow as Muon's do": with_option("variant.growth", 0.1),
     **{f"initial weights {name}": with_option("variant.spectra", name) for name in SPECTRA},
 }
 # What four times as many steps changed: weights that start larger, and turn by smaller angles.

@@ -23,8 +23,9 @@ import poet_peft
 
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-# The best found for this model, see docs/pretraining.md; another model has the paper's rows of norm 1.
+# The best found for 400 steps of this model, see docs/pretraining.md; another model has those of the recipe.
 INITIAL_SIZES = {"base_init_scale": 0.35, "base_init_scale_pattern": {"q_proj|k_proj": 3.0, "down_proj": 0.5}}
+ANGLE = 0.04
 
 
 @dataclass
@@ -38,7 +39,9 @@ class ExampleArguments:
     max_eval_sequences: int = 256
     block_size: int = 256
     merge_interval: int = HfArg(default=1, help="steps between folds; above 1 into new blocks, and AdamW trains them")
-    angle: float = HfArg(default=0.04, help="radians by which a step turns the rotations")
+    angle: float | None = HfArg(
+        default=None, help=f"radians by which a step turns the rotations; {ANGLE} for the Llama of 4.2M"
+    )
 
 
 def main():
@@ -53,6 +56,8 @@ def main():
         raise SystemExit(f"pretrain.py: --hub_strategy {train_args.hub_strategy.value} would upload adapters: use end")
     if train_args.optim != parser.get_default("optim"):
         raise SystemExit(f"pretrain.py: --optim {train_args.optim.value}: this trains with RotationMuon")
+    if args.angle is None and not args.model_config:
+        args.angle = ANGLE
     try:
         chosen = {} if args.model_config else dict(INITIAL_SIZES)
         if args.merge_interval != 1:
