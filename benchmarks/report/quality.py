@@ -113,7 +113,7 @@ def cost_table(results):
             time = f"{_step_seconds(runs) / _step_seconds(baseline):.2f}" if family in short else ""
         else:
             share = time = ""
-        drift = f"{best['drift']['relative']:.0e}" if "drift" in best else ""
+        drift = "{relative:.0e} ({of_largest:.0e})".format(**best["drift"]) if "drift" in best else ""
         ranges = [range_text(runs, field) if family in short else "" for field in ("matrix_lr", "lr")]
         rows.append([name_of(family), time, f"{held / 1e6:.1f}", share, drift, *ranges])
     header = ["method", "step / AdamW's", "gradients and state, MB", "of AdamW's", "drift"]
