@@ -292,7 +292,8 @@ def test_weights_are_drawn_of_the_attentions_that_are_rotated(settings):
 def test_every_expert_is_drawn_by_itself_and_alike_in_a_plain_model(name):
     plain = moe(name)
     names = initialize_base_weights(plain, "normalized", scale_pattern={"down_proj": 0.5}, seed=3)
-    config = POETConfig.for_pretraining(block_size=4, base_init_scale_pattern={"down_proj": 0.5}, seed=3)
+    sizes = {"base_init_scale": 1.0, "base_init_scale_pattern": {"down_proj": 0.5}}
+    config = POETConfig.for_pretraining(block_size=4, seed=3, **sizes)
     model = wrap(moe(name), config)
     stacks = [layer for _, layer in poet_layers(model) if isinstance(layer, ParamWrapper)]
     assert {layer.module_name for layer in stacks} < set(names) and len(stacks) == num_stacks(name)
