@@ -20,14 +20,17 @@ from .weights.initial import SCHEMES, scale_of
 
 _MAPS = ("cayley_neumann", "cayley")
 _BIASES = ("none", "all", "poet_only")
-_RECIPES = {"ortho": {"merge_interval": 1, "reinit_interval": 0}, "paper": {"merge_interval": 400}}
-# Initial weights of the recipe "ortho": queries and keys larger, what the MLP adds to the residual stream smaller.
-_ORTHO_SIZES = {
-    "base_init_scale": 0.7,
-    "base_init_scale_pattern": {
-        "q_proj|k_proj|qkv_proj|query_key_value|c_attn": 1.5,
-        "down_proj|fc2|dense_4h_to_h|mlp.c_proj": 0.5,
+# Of the recipes.
+_INTERVALS = {"ortho": {"merge_interval": 1, "reinit_interval": 0}, "paper": {"merge_interval": 400}}
+_INITIAL_SIZES = {
+    "ortho": {  # queries and keys larger, what the MLP adds to the residual stream smaller
+        "base_init_scale": 0.7,
+        "base_init_scale_pattern": {
+            "q_proj|k_proj|qkv_proj|query_key_value|c_attn": 1.5,
+            "down_proj|fc2|dense_4h_to_h|mlp.c_proj": 0.5,
+        },
     },
+    "paper": {},
 }
 _FILE_FORMAT = 1  # of adapter_config.json and of the tensors beside it
 
@@ -191,12 +194,11 @@ class POETConfig(PeftConfig):
         Raises:
             ValueError: an unknown recipe, or settings that contradict each other.
         """
-        check_choice("recipe", recipe, tuple(_RECIPES))
+        check_choice("recipe", recipe, tuple(_INTERVALS))
         settings = {"target_modules": "all-linear", "block_size": 256, "base_init": "normalized", "train_rest": True}
-        intervals = {} if "merge_interval" in overrides else _RECIPES[recipe]
-        if recipe == "ortho" and not overrides.keys() & {"merge_interval", "base_init"}:
-            settings |= _ORTHO_SIZES
-        return cls(**{**settings, **intervals, **overrides})
+        intervals = {} if "merge_interval" in overrides else _INTERVALS[recipe]
+        sizes = {} if overrides.keys() & {"merge_interval", "base_init"} else _INITIAL_SIZES[recipe]
+        return cls(**{**settings, **intervals, **sizes, **overrides})
 
     @property
     def changes_base_weights(self) -> bool:

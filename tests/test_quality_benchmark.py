@@ -20,6 +20,7 @@ from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
 from benchmarks.report import quality as report
 from benchmarks.report import quality_runs
+from benchmarks.report.quality_names import name_of
 
 
 START = Run("adamw", lr=1e-2, matrix_lr=1e-3, size="tiny", steps=4)
@@ -413,6 +414,21 @@ def test_summary_has_the_long_runs_of_every_size(monkeypatch):
         "15.0M parameters, on GSM8K:",
     ]
     assert text.count("| Muon | 1.000 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "POET, the paper's recipe"),
+        ({"config.block_size": 128}, "POET, the paper's recipe, b = 128"),
+        (
+            {"config.variant": "fully_stochastic", "config.block_size": 0.5},
+            "POET, the paper's recipe, fully stochastic, b = 0.5",
+        ),
+    ],
+)
+def test_methods_are_called_by_their_blocks(options, name):
+    assert name_of(Run("poet-paper", lr=1e-2, options=options).family) == name
 
 
 def test_spectra_are_those_of_the_best_run_that_has_them():

@@ -105,16 +105,16 @@ def cost_table(results):
     baseline = short.get(BASELINE)
     rows = []
     for family, runs in {**short, **only_long}.items():
-        best = runs[0]
+        best, is_short = runs[0], family in short
         held = best["gradient_bytes"] + best["optimizer_bytes"]
         if baseline:
             of_baseline = baseline[0]["gradient_bytes"] + baseline[0]["optimizer_bytes"]
             share = f"{100 * held / of_baseline:.0f} %"
-            time = f"{_step_seconds(runs) / _step_seconds(baseline):.2f}" if family in short else ""
+            time = f"{_step_seconds(runs) / _step_seconds(baseline):.2f}" if is_short else ""
         else:
             share = time = ""
         drift = "{relative:.0e} ({of_largest:.0e})".format(**best["drift"]) if "drift" in best else ""
-        ranges = [range_text(runs, field) if family in short else "" for field in ("matrix_lr", "lr")]
+        ranges = [range_text(runs, field) if is_short else "" for field in ("matrix_lr", "lr")]
         rows.append([name_of(family), time, f"{held / 1e6:.1f}", share, drift, *ranges])
     header = ["method", "step / AdamW's", "gradients and state, MB", "of AdamW's", "drift"]
     return table([*header, "matrix rates within 2 %", "other rates within 2 %"], rows)
@@ -304,9 +304,10 @@ text. {first["hardware"]}, fp32; {versions}.
 
 ### How the settings were chosen
 
-Runs of {shortest} steps ({tokens / 1e6:.2f}M tokens), seed 42. Each method searched its learning rates by factors of 2
-until the best had a worse neighbour on both sides, and tried other values of weight decay, warm-up, betas, momentum
-and initial weights, then the rates again. "Bracketed" says whether the search of the rates has come to its end.
+Runs of {shortest} steps ({tokens / 1e6:.2f}M tokens), seed 42. A method's search goes through its learning rates by
+factors of 2 until the best has a worse neighbour on both sides, and tries other values of weight decay, warm-up,
+betas, momentum and initial weights, then the rates again. "Bracketed" says whether the search of the rates has come to
+its end; a method with one run was not searched at all.
 
 {tuning_table(results)}
 

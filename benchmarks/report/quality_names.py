@@ -1,5 +1,7 @@
 """What the methods of the pretraining comparison are called, and their colours in every picture."""
 
+import re
+
 from .quality_runs import VARIANT
 
 
@@ -17,8 +19,11 @@ _IN_COLOR_ORDER = ["adamw", "muon", "poet-paper", "poet-ortho", "frozen", "galor
 COLORS = {name: f"C{number}" for number, name in enumerate(_IN_COLOR_ORDER)}
 
 
+_STOCHASTIC = {"-bs": ", block-stochastic", "-fs": ", fully stochastic"}
+_FAMILY = re.compile(r"(.+?)(-bs|-fs)?(?:-b([\d.]+))?")
+
+
 def name_of(family):
-    method, _, block_size = family.removesuffix(VARIANT).partition("-b")
-    if block_size.isdigit():
-        return f"{name_of(method)}, b = {block_size}"
-    return NAMES.get(method, family)
+    method, stochastic, block_size = _FAMILY.fullmatch(family.removesuffix(VARIANT)).groups()
+    blocks = f", b = {block_size}" if block_size else ""
+    return NAMES.get(method, method) + _STOCHASTIC.get(stochastic, "") + blocks

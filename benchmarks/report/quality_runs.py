@@ -13,11 +13,11 @@ COMPARED = {"adamw", "muon", "poet-ortho"}
 
 
 def read():
-    """All results by (size, data), in the order of the pages."""
+    """All results by (size, data), in the order of the pages: small models first, and what was measured most."""
     found = {}
     for path in sorted(RESULTS.glob("*/*/*.json")):
         found.setdefault((path.parts[-3], path.parts[-2]), []).append(json.loads(path.read_text("utf-8")))
-    return dict(sorted(found.items(), key=lambda item: (int(item[0][0].removesuffix("m")), item[0][1])))
+    return dict(sorted(found.items(), key=lambda item: (int(item[0][0].removesuffix("m")), -len(item[1]))))
 
 
 def loss_of(result):
