@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from poet_peft import AngleLaw, POETConfig, RotationMuon, initialize_base_weights, poet_param_groups
+from poet_peft.maths.newton_schulz import has_bfloat16_products
 from poet_peft.weights.initial import scale_of
 
 from .llama import PRESETS, llama, targeted_layers
@@ -70,8 +71,9 @@ def full_adamw(model, run):
 
 
 def muon(model, run):
-    """torch's Muon, but for its bfloat16, which CPUs without instructions for it compute several times slower."""
-    torch.optim._muon._zeropower_via_newtonschulz = newton_schulz_of_muon
+    """torch's Muon, but for its bfloat16 on CPUs without instructions for it, which are several times slower then."""
+    if not has_bfloat16_products(torch.device("cpu")):
+        torch.optim._muon._zeropower_via_newtonschulz = newton_schulz_of_muon
     settings = {"lr": run.matrix_lr, "weight_decay": run.weight_decay, **options(run, "optimizer")}
     return model, [torch.optim.Muon(linear_weights(model), **settings), adamw(rest_groups(model, run), run)]
 

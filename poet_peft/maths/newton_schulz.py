@@ -60,12 +60,15 @@ def product_dtype(Q: Tensor, num_steps: int) -> torch.dtype:
     """
     if Q.dtype != torch.float32 or Q.shape[-1] < _SMALLEST_IN_16_BITS or num_steps > _MOST_STEPS_IN_16_BITS:
         return Q.dtype
-    if Q.device.type == "cpu":
+    return torch.bfloat16 if has_bfloat16_products(Q.device) else torch.float32
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether a device has instructions for products of bfloat16 matrices."""
+    if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    else:
-        has_bf16 = Q.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+        return bool(capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @lru_cache
