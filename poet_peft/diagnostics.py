@@ -24,6 +24,7 @@ from .maths.measures import (
     stable_rank,
     svd_entropy,
 )
+from .maths.precision import full_precision
 from .maths.spectrum import skew_norm
 from .probing import probe_cosine
 from .rotation import Rotation
@@ -181,7 +182,10 @@ def diagnose(
         raise ValueError(
             f"the model has no {wanted}: wrap it with get_peft_model(model, POETConfig(...)), or load it."
         )
-    layers = [_diagnose_layer(layer, adapter, exact, optimizer) for layer, adapter in items]
+    layers = []
+    for layer, adapter in items:
+        with full_precision(layer.base_parameter.device.type):
+            layers.append(_diagnose_layer(layer, adapter, exact, optimizer))
     return Diagnostics(layers, _clamped_share(optimizer))
 
 

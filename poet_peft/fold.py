@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from .errors import POETFoldError
 from .layer import POETLayer, poet_layers
+from .maths.precision import full_precision
 from .ops import reference
 from .probing import turn_probes
 from .quick_fold import FoldItem, fold_moved_sides, is_quick
@@ -105,7 +106,7 @@ def fold_quietly(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Opt
     """`fold`, but without measures and report where rotations are folded after every step; see `quick_fold`."""
     if not all(is_quick(item) for item in items):
         return fold(items, optimizers)
-    with torch.no_grad(), torch.autocast(device_type=items[0].rotations[0].weight.device.type, enabled=False):
+    with torch.no_grad(), full_precision(items[0].rotations[0].weight.device.type):
         fold_moved_sides(items)
     return None
 
@@ -117,7 +118,7 @@ def fold(items: Sequence[FoldItem], optimizers: Sequence[torch.optim.Optimizer])
         POETFoldError: as `merge_and_reinitialize`; no weight was changed.
     """
     parameters = [rotation.weight for item in items for rotation in item.rotations]
-    with torch.no_grad(), torch.autocast(device_type=parameters[0].device.type, enabled=False):
+    with torch.no_grad(), full_precision(parameters[0].device.type):
         measures = [_check(item) for item in items]
         _check_drift(items, measures)
         changes = [_fold_layer(item) for item in items]

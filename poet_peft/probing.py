@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .layer import POETLayer, poet_layers
+from .maths.precision import full_precision
 from .ops import reference
 from .rotation import Rotation
 from .state import Probes
@@ -121,5 +122,5 @@ def _fixed_vectors(rotation: Rotation) -> Tensor:
 def _turned(vectors: Tensor, rotation: Rotation, deltas: list[Tensor]) -> Tensor:
     """`R v`, or `P^T v`, of each row `v`."""
     pair = rotation.index, deltas
-    with torch.autocast(device_type=rotation.index.device.type, enabled=False):
+    with full_precision(rotation.index.device.type):
         return reference.rotate(vectors.to(rotation.index.device), pair, transpose=rotation.side == "P")

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .maths.blocks import BlockPartition, SideName, draw_index
 from .maths.orthogonal import CayleyNeumann, OrthogonalMap
+from .maths.precision import full_precision
 from .maths.spectrum import orthogonality_error, skew_norm, spectrum_bound
 from .ops.sides import KeptBlocks, Side
 from .weights.sharded import full
@@ -94,10 +95,11 @@ class Rotation(nn.Module):
     def orthogonality(self) -> Orthogonality:
         """How far `G` is from orthogonal."""
         matrices = [delta + torch.eye(delta.shape[-1]).to(delta) for delta in self().blocks().deltas]
-        return Orthogonality(
-            error=max(float(orthogonality_error(G)) for G in matrices),
-            spectrum=max(float(spectrum_bound(G).amax()) for G in matrices),
-        )
+        with full_precision(self.weight.device.type):
+            return Orthogonality(
+                error=max(float(orthogonality_error(G)) for G in matrices),
+                spectrum=max(float(spectrum_bound(G).amax()) for G in matrices),
+            )
 
     @torch.no_grad()
     def reset(self) -> None:

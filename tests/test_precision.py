@@ -8,11 +8,15 @@ from cases import Case, normal, randomize, relative_error, rotated
 from models import adamw, assert_same_state, llama, logits, poet_config, state, train, wrap
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 from workers.resume_run import LENGTH, make_trainer, text
 
 from poet_peft import POETCallback, POETFoldError, merge_and_reinitialize
+from poet_peft.diagnostics import diagnose
+from poet_peft.fold import FoldItem, fold_quietly
 from poet_peft.layer import poet_layers
+from poet_peft.maths.precision import full_precision
 from poet_peft.maths.spectrum import orthogonality_error
 from poet_peft.weights.residual import join, split
 
@@ -383,3 +387,82 @@ def test_resumed_run_knows_the_steps_that_were_skipped_before(scaled, scaled_and
 
 def test_resumed_run_with_skipped_steps_ends_bit_equal(scaled, scaled_and_resumed):
     assert_same_state(state(scaled_and_resumed[1].model), state(scaled[1].model))
+
+
+# Products of fp32 matrices, where a run allows less: TF32 on GPUs, bfloat16 on some CPUs
+
+MATMULS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "baddbmm", "addmm")}
+
+
+@pytest.fixture
+def less_precise():
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+class Precisions(TorchDispatchMode):
+    """Those at which products of matrices are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS or func.namespace == "poet_peft":
+            self.seen |= {backend.fp32_precision for backend in MATMULS}
+        return func(*args, **kwargs or {})
+
+
+def fold_without_measures(model, layer):
+    layer.advance("default", num_steps=2)
+    assert fold_quietly([FoldItem(layer, "default", reinitialize=False)], []) is None
+
+
+EXACT = {
+    "fold": ({"merge_interval": 5}, lambda model, layer: merge_and_reinitialize(model)),
+    "fold without measures": ({"merge_interval": 1, "reinit_interval": 0}, fold_without_measures),
+    "merge": ({}, lambda model, layer: model.merge_adapter()),
+    "conversion": ({}, lambda model, layer: layer.get_delta_weight("default")),
+    "blocks": ({}, lambda model, layer: layer.rotations("default")[0]().blocks(with_inverses=True)),
+    "differentiable blocks": ({}, lambda model, layer: layer.rotations("default")[0]().deltas()),
+    "orthogonality": ({}, lambda model, layer: layer.rotations("default")[0].orthogonality()),
+    "diagnostics": ({}, lambda model, layer: diagnose(model)),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_products_that_must_not_lose_digits_are_in_full_precision(less_precise, name):
+    config, operation = EXACT[name]
+    model, layer = rotated(Case("exact", 48, 32, block_size=16), **config)
+    with Precisions() as precisions:
+        operation(model, layer)
+    assert precisions.seen == {"ieee"}
+
+
+@pytest.mark.parametrize("ask", ["high", "medium"])
+def test_precision_that_a_run_asked_for_comes_back(ask):
+    torch.set_float32_matmul_precision(ask)
+    before = [backend.fp32_precision for backend in MATMULS]
+    try:
+        with full_precision("cpu"):
+            pass
+        assert ([backend.fp32_precision for backend in MATMULS], torch.get_float32_matmul_precision()) == (before, ask)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_precision_that_is_inherited_stays_so():
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for backend in MATMULS:
+            backend.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"  # as `TrainingArguments(tf32=True)` does
+        with full_precision("cpu"):
+            assert {backend.fp32_precision for backend in MATMULS} == {"ieee"}
+        torch.backends.fp32_precision = "ieee"
+        assert {backend.fp32_precision for backend in MATMULS} == {"ieee"}
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..maths.precision import full_precision
+
 
 RotationTensors = tuple[Tensor, list[Tensor]]
 
@@ -44,10 +46,10 @@ def rotate(x: Tensor, rotation: RotationTensors, transpose: bool = False) -> Ten
 def effective_weight(weight: Tensor, R: Sequence[RotationTensors], P: Sequence[RotationTensors]) -> Tensor:
     """`R_n ... R_1 W P_1 ... P_n`, shape (out, in): one adapter's rotations after the other's, first innermost.
 
-    In the dtype of the weight, whatever autocast says. A stack of weights (num_experts, out, in) has the features of
-    all experts in one row: feature i of expert e is feature `e * out + i` of R, and likewise for P.
+    In the dtype of the weight, whatever autocast and TF32 say. A stack of weights (num_experts, out, in) has the
+    features of all experts in one row: feature i of expert e is feature `e * out + i` of R, and likewise for P.
     """
-    with torch.autocast(device_type=weight.device.type, enabled=False):
+    with full_precision(weight.device.type):
         for rotation in P:
             weight = _from_rows(rotate(_to_rows(weight), rotation, transpose=True), weight)
         for rotation in R:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..maths.blocks import BlockPartition, Ordering, block_ordering, block_slices, num_rotated
 from ..maths.orthogonal import OrthogonalMap, vjp_at_identity
+from ..maths.precision import full_precision
 
 
 class SideBlocks(NamedTuple):
@@ -55,10 +56,10 @@ class Side(NamedTuple):
     def deltas(self) -> list[Tensor]:
         """`G - I` of the blocks, differentiable with respect to `upper`.
 
-        In the dtype of the parameters, fp32 at least, whatever autocast says: under bf16 autocast the orthogonality
-        error would grow from 2e-7 to 4e-4.
+        In the dtype of the parameters, fp32 at least, whatever autocast and TF32 say: under bf16 autocast the
+        orthogonality error would grow from 2e-7 to 4e-4.
         """
-        with torch.autocast(device_type=self.upper.device.type, enabled=False):
+        with full_precision(self.upper.device.type):
             return [self.orthogonal_map.delta(Q) for Q in self.partition.skew_blocks(self.upper)]
 
     def blocks(self, with_inverses: bool = False) -> SideBlocks:
@@ -77,7 +78,7 @@ class Side(NamedTuple):
         return SideBlocks(ordering, None, self.partition.zero_blocks(self.upper), None)
 
     def _compute(self, with_inverses: bool) -> SideBlocks:
-        with torch.no_grad(), torch.autocast(device_type=self.upper.device.type, enabled=False):
+        with torch.no_grad(), full_precision(self.upper.device.type):
             Q = self.partition.skew_blocks(self.upper)
             deltas = [self.orthogonal_map.delta(block) for block in Q]
             blocks = SideBlocks(block_ordering(self.index, self.partition.dim), Q, deltas, None)
