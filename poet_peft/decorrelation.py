@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .layer import POETLayer, living_layers
-from .maths.orthogonal import skew, upper_triangle
-from .ops.block_gradients import weight_centric
-from .quick_fold import rotate_in_place
+from .maths.orthogonal import upper_triangle
+from .ops.block_gradients import conjugated
 from .rotation import Rotation
 from .weights.residual import at_least_fp32
 from .weights.sharded import full
@@ -55,15 +54,17 @@ def without_overlap(update: Tensor, pair: Pair, other_momentum: Tensor, share: f
 
     Source: public notes of POET's authors on cross-side decorrelation, 2026.
     """
-    weight = pair.layer.base_weight.read()
     momentum = at_least_fp32(full(other_momentum))
     momentum = momentum / _nonzero(momentum.abs().max())
-    generators = [skew(triangles, size) for triangles, size in pair.other.partition.split(momentum)]
-    rotated = weight.clone()
-    rotate_in_place(rotated, pair.other.side, pair.other.index, generators)
-    sides = {pair.rotation.side: pair.rotation().blocks_at_identity()}
-    blocks = weight_centric(rotated - weight, weight, sides.get("R"), sides.get("P"))
-    g = torch.cat([upper_triangle(block).flatten() for side in blocks for block in side]).to(update.dtype)
+    rotation, other = pair.rotation(), pair.other()
+    g = conjugated(
+        pair.layer.base_weight.read(),
+        other.partition.skew_blocks(momentum),
+        pair.rotation.side,
+        rotation.blocks_at_identity(),
+        other.blocks_at_identity(),
+    )
+    g = torch.cat([upper_triangle(block).flatten() for block in g]).to(update.dtype)
     g = g / _nonzero(g.norm())
     return update - share * (update @ g) * g
 

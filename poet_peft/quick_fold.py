@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import POETFoldError
 from .layer import POETLayer
-from .maths.blocks import MOST_ENTRIES, SideName, block_slices
+from .maths.blocks import SideName, block_slices, blocks_at_once
 from .maths.orthogonal import OrthogonalMap, skew, small_rotation_delta
 from .probing import turn_probes
 from .rotation import Rotation
@@ -105,7 +105,7 @@ def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
             parts.setdefault(key, []).append((rotation, triangles))
     deltas: dict[Rotation, list[Tensor]] = {rotation: [] for rotation in moved}
     for (size, orthogonal_map, *_), all_blocks in parts.items():
-        for batch in _batches(all_blocks, size):
+        for batch in _batches(all_blocks, blocks_at_once(size, all_blocks[0][1].device)):
             Q = skew(torch.cat([triangles for _, triangles in batch]), size)
             delta = _fold_delta(Q, orthogonal_map)
             for (rotation, _), blocks in zip(batch, delta.split([len(part) for _, part in batch]), strict=True):
@@ -121,15 +121,15 @@ def _fold_delta(Q: Tensor, orthogonal_map: OrthogonalMap) -> Tensor:
     return orthogonal_map.fold_delta(Q, orthogonal_map.delta(Q))
 
 
-def _batches(parts: Sequence[tuple[Rotation, Tensor]], size: int) -> Iterator[list[tuple[Rotation, Tensor]]]:
+def _batches(parts: Sequence[tuple[Rotation, Tensor]], most_blocks: int) -> Iterator[list[tuple[Rotation, Tensor]]]:
     batch: list[tuple[Rotation, Tensor]] = []
-    num_entries = 0
+    num_blocks = 0
     for part in parts:
-        if batch and num_entries + len(part[1]) * size**2 > MOST_ENTRIES:
+        if batch and num_blocks + len(part[1]) > most_blocks:
             yield batch
-            batch, num_entries = [], 0
+            batch, num_blocks = [], 0
         batch.append(part)
-        num_entries += len(part[1]) * size**2
+        num_blocks += len(part[1])
     if batch:
         yield batch
 
@@ -137,16 +137,17 @@ def _batches(parts: Sequence[tuple[Rotation, Tensor]], size: int) -> Iterator[li
 def _rotation_of(rotations: Sequence[Rotation], deltas: dict[Rotation, list[Tensor]]) -> Callable[[Tensor], None]:
     def change(matrix: Tensor) -> None:
         for rotation in rotations:
-            rotate_in_place(matrix, rotation.side, rotation.index, deltas[rotation])
+            index = None if rotation.partition.is_one_block else rotation.index
+            rotate_in_place(matrix, rotation.side, index, deltas[rotation])
 
     return change
 
 
-def rotate_in_place(matrix: Tensor, side: SideName, index: Tensor, deltas: Sequence[Tensor]) -> None:
+def rotate_in_place(matrix: Tensor, side: SideName, index: Tensor | None, deltas: Sequence[Tensor]) -> None:
     """`matrix <- R matrix`, or `matrix P`, of a matrix (out, in), or of a stack of them (num_experts, out, in).
 
     Args:
-        index: rotated features in block order.
+        index: rotated features in block order; None for one block of all features.
         deltas: `G - I` of the consecutive blocks of `index`.
     """
     if matrix.dim() == 3:
@@ -154,6 +155,10 @@ def rotate_in_place(matrix: Tensor, side: SideName, index: Tensor, deltas: Seque
         rows = stack.flatten(0, 1)
         rotate_in_place(rows, "R", index, deltas if side == "R" else [delta.mT for delta in deltas])
         stack.copy_(rows.view(stack.shape))  # onto itself where the rows were a view
+        return
+    if index is None:
+        (delta,) = deltas[0].to(matrix.dtype)
+        matrix += delta @ matrix if side == "R" else matrix @ delta
         return
     for delta, part in block_slices(deltas):
         features = index[part].long()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .decorrelation import pairs_of, without_overlap
-from .maths.blocks import MOST_ENTRIES, BlockPartition, SideName
+from .maths.blocks import BlockPartition, SideName, blocks_at_once
 from .maths.newton_schulz import orthogonalize, product_dtype
 from .maths.orthogonal import skew, upper_triangle
 from .weights.residual import at_least_fp32
@@ -231,7 +231,7 @@ def _orthogonalized(directions: Tensor, kind: _Kind, num_steps: int) -> Tensor:
         rank, num_processes = dist.get_rank(kind.group), dist.get_world_size(kind.group)
         first, last = (len(directions) * r // num_processes for r in (rank, rank + 1))
     result = torch.zeros_like(directions)
-    batch_size = max(1, MOST_ENTRIES // kind.size**2)
+    batch_size = blocks_at_once(kind.size, kind.device)
     for start in range(first, last, batch_size):
         batch = slice(start, min(start + batch_size, last))
         Q = skew(directions[batch], kind.size)

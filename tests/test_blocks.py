@@ -45,6 +45,12 @@ def test_block_stochastic_index_is_a_permutation_that_moves_features():
     assert sorted(features) == list(range(64)) != features
 
 
+@pytest.mark.parametrize("variant", [BLOCK, FULLY])
+def test_one_block_leaves_features_in_their_order(variant):
+    partition = partition_side(variant, 64, 64)
+    assert draw_index(partition, **ARGUMENTS).tolist() == list(range(64))
+
+
 def test_fully_stochastic_index_is_a_sorted_proper_subset():
     features = draw_index(BlockPartition(64, 16, 16), **ARGUMENTS).tolist()
     assert features == sorted(features)

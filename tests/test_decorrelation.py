@@ -17,6 +17,8 @@ from poet_peft.quick_fold import rotate_in_place
 ANGLE = 1e-4
 KINDS = {
     "linear": PLAIN,
+    "one-block": Case("", 12, 12, block_size=12),
+    "one-block-of-outputs": Case("", 6, 20, block_size=16),
     "conv1d": Case("", 19, 22, kind="conv1d"),
     "fully-stochastic": Case("", 14, 22, block_size=0.5, variant="fully_stochastic"),
     "convolution": Case("", 19, 27, kind="convolution2d"),

@@ -242,7 +242,7 @@ def test_spectrum_stays_over_many_folds():
     model = small_model(block_size=24)
     before = spectra(model)
     train(model, 300, muon(model))
-    assert largest_drift(before, spectra(model)) < 1e-4
+    assert largest_drift(before, spectra(model)) < 3e-4
 
 
 @pytest.mark.parametrize("compensated", [True, False])

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import normal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from poet_peft.maths import orthogonal
 from poet_peft.maths.orthogonal import (
     CayleyNeumann,
     cayley,
@@ -23,6 +25,8 @@ NUM_TERMS = range(1, 9)
 MAPS = {"cayley": (cayley, cayley_delta), "cayley_neumann": (cayley_neumann, cayley_neumann_delta)}
 
 for_every_size = pytest.mark.parametrize("n", SIZES)
+# Positions of the entries of the large one are not kept.
+for_every_size_and_a_large_one = pytest.mark.parametrize("n", [*SIZES, 1030])
 for_every_num_terms = pytest.mark.parametrize("k", NUM_TERMS)
 for_every_size_or_num_terms = pytest.mark.parametrize(
     ("n", "k"), [*((n, 3) for n in SIZES), *((8, k) for k in NUM_TERMS if k != 3)]
@@ -85,10 +89,31 @@ def test_skew_keeps_leading_dimensions_apart():
             assert torch.equal(Q[i, j], skew(upper[i, j], 5))
 
 
-@for_every_size
+@for_every_size_and_a_large_one
 def test_upper_triangle_is_what_skew_was_made_of(n):
     upper = normal(3, n * (n - 1) // 2)
     assert torch.equal(upper_triangle(skew(upper, n)), upper)
+
+
+@for_every_size_and_a_large_one
+def test_skew_is_the_same_with_a_gradient(n):
+    upper = normal(3, n * (n - 1) // 2)
+    assert torch.equal(skew(upper.clone().requires_grad_(), n), skew(upper, n))
+
+
+def test_gradient_of_skew_is_that_of_its_entries():
+    upper = normal(2, 10).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda upper: skew(upper, 5), upper)
+
+
+@pytest.mark.parametrize("made_in", [torch.inference_mode, FakeTensorMode])
+def test_positions_of_entries_serve_training_wherever_they_were_made(made_in):
+    orthogonal._kept_entries.cache_clear()
+    with made_in():
+        upper_triangle(skew(torch.zeros(1, 10), 5))
+    Q = skew_by_hand(5, 1.0).requires_grad_()
+    upper_triangle(Q).sum().backward()
+    assert torch.equal(Q.grad, torch.ones(5, 5, dtype=torch.float64).triu(1))
 
 
 @pytest.mark.parametrize("number", [0, 5, 7, 16])

@@ -30,8 +30,9 @@ VARIANTS = ("block_stochastic", "fully_stochastic")
 Variant = Literal["block_stochastic", "fully_stochastic"]
 SideName = Literal["R", "P"]
 
-# Entries of a batch of blocks: larger ones gain nothing, and several of them are alive at once.
-MOST_ENTRIES = 2**23
+# Entries of a batch of blocks. Several batches of a CPU stay in the cache of a core; a GPU gains nothing beyond.
+_MOST_ENTRIES_OF_A_THREAD = 2**19
+_MOST_ENTRIES = 2**23
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class BlockPartition:
     def remainder(self) -> int:
         """Size of the last block where `block_size` does not divide; 0 where it does."""
         return self.num_rotated % self.block_size
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether one block rotates all features. Their order means nothing then, and stays as it is."""
+        return self.block_size == self.dim
 
     @property
     def num_parameters(self) -> int:
@@ -124,12 +130,16 @@ def partition_side(variant: Variant, block_size: int | float, dim: int, groups: 
 def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: SideName, num_reinits: int) -> Tensor:
     """The rotated features of one side in block order, int32, shape (num_rotated,).
 
+    One block of all features has them in their own order, whatever the seed.
+
     A pure function of its arguments, the same on every process, platform and version: features are sorted by 64-bit
     keys from SHAKE-256 of the arguments' text. No random number generator is read or moved.
 
     Args:
         num_reinits: number of reinitialisations so far.
     """
+    if partition.is_one_block:
+        return torch.arange(partition.dim, dtype=torch.int32)
     text = f"poet/{seed}/{module_name}/{side}/{num_reinits}"
     keys = np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * partition.dim), dtype="<u8")
     order = np.argsort(keys, kind="stable")
@@ -139,6 +149,14 @@ def draw_index(partition: BlockPartition, *, seed: int, module_name: str, side: 
     if partition.num_rotated < partition.dim:
         order = np.sort(order)
     return torch.from_numpy(order.astype(np.int32))
+
+
+def blocks_at_once(size: int, device: torch.device) -> int:
+    """How many blocks of a size are computed in one batch; at least one."""
+    most = _MOST_ENTRIES
+    if device.type == "cpu":
+        most = min(most, torch.get_num_threads() * _MOST_ENTRIES_OF_A_THREAD)
+    return max(1, most // size**2)
 
 
 class Ordering(NamedTuple):
@@ -151,9 +169,15 @@ class Ordering(NamedTuple):
     back: Tensor
 
 
-def block_ordering(index: Tensor, dim: int) -> Ordering:
-    """The ordering that belongs to the rotated features `index` (num_rotated,) of a side of `dim` features."""
-    if index.numel() == dim:
+def block_ordering(index: Tensor, partition: BlockPartition) -> Ordering | None:
+    """The ordering that belongs to the rotated features `index` (num_rotated,) of a side.
+
+    None where features are in it as they are, which spares gathers of weights and activations.
+    """
+    dim = partition.dim
+    if partition.is_one_block:
+        return None
+    if partition.num_rotated == dim:
         order = index
     else:
         rotated = torch.zeros(dim, dtype=torch.bool, device=index.device).index_fill(0, index.long(), True)

@@ -37,19 +37,25 @@ def orthogonalize(Q: Tensor, num_steps: int = 3) -> Tensor:
         num_steps: at least 1.
     """
     tiny = torch.finfo(torch.float32).tiny
-    X = Q / Q.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # or the squares of a norm could underflow
+    X = Q / _norms(Q, torch.inf).clamp_min(tiny).to(Q.dtype)  # or the squares of a norm could underflow
     square = X @ X
     # Singular values of a skew-symmetric matrix come in pairs, so the sum of their fourth powers is at least twice
-    # that of the largest.
-    bound = (square.float().square().sum((-2, -1), keepdim=True) / 2).clamp_min(tiny).pow(0.25).to(Q.dtype)
-    X = X / bound
-    square = square / bound.square()
+    # that of the largest. It is at least 1 where the largest entry of X is, so anywhere but for zeros.
+    bound = (_norms(square, 2) / 2**0.5).clamp_min(0.5).sqrt().to(Q.dtype)
+    X /= bound
+    square /= bound.square()
     for step, (a, b, c) in enumerate(minimax_coefficients(num_steps)):
         if step:
             square = X @ X
         factor = torch.baddbmm(square, square, square, beta=-b, alpha=c)
         X = torch.baddbmm(X, X, factor, beta=a)
     return X
+
+
+def _norms(X: Tensor, order: float) -> Tensor:
+    """Of the entries of each matrix, (num_blocks, 1, 1), in fp32 at least."""
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    return torch.linalg.vector_norm(X.flatten(1), ord=order, dim=1, dtype=dtype)[:, None, None]
 
 
 def product_dtype(Q: Tensor, num_steps: int) -> torch.dtype:

@@ -12,31 +12,80 @@ What layers compute with is a map as an object, `Cayley()` or `CayleyNeumann(k)`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 # What is taken for rounding, in units of the dtype's eps: 1e-6 in fp32.
 _ROUNDING = 8
 # A series longer than this costs more than the solve that it would replace.
 _MOST_TERMS = 63
+# Positions of the entries of a matrix are kept up to this size: 8 MB for the largest.
+_LARGEST_KEPT = 1024
 
 
 def skew(upper: Tensor, n: int) -> Tensor:
     """Skew-symmetric matrices (..., n, n) from their strict upper triangles (..., n (n - 1) / 2), row-major."""
     if upper.shape[-1] != n * (n - 1) // 2:
         raise ValueError(f"a skew-symmetric {n} x {n} matrix has {n * (n - 1) // 2} parameters, got {upper.shape[-1]}")
-    rows, columns = torch.triu_indices(n, n, offset=1, device=upper.device)
-    Q = upper.new_zeros(*upper.shape[:-1], n * n).index_copy(-1, rows * n + columns, upper).unflatten(-1, (n, n))
-    return Q - Q.mT
+    entries = _entries(n, upper)
+    if torch.compiler.is_compiling() or (upper.requires_grad and torch.is_grad_enabled()):
+        # The gradient of a scatter is a gather; that of a gather would be a sum, entry by entry.
+        scattered = upper.new_zeros(*upper.shape[:-1], n * n).index_copy(-1, entries.upper.long(), upper)
+        Q = scattered.unflatten(-1, (n, n))
+        return Q - Q.mT
+    values = torch.cat([upper, -upper, upper.new_zeros(*upper.shape[:-1], 1)], dim=-1)
+    return values.index_select(-1, entries.source).unflatten(-1, (n, n))
 
 
 def upper_triangle(Q: Tensor) -> Tensor:
     """The strict upper triangles (..., n (n - 1) / 2), row-major, of matrices (..., n, n): the inverse of `skew`."""
-    n = Q.shape[-1]
-    rows, columns = torch.triu_indices(n, n, offset=1, device=Q.device)
-    return Q.flatten(-2).index_select(-1, rows * n + columns)
+    return Q.flatten(-2).index_select(-1, _entries(Q.shape[-1], Q).upper)
+
+
+class _Entries(NamedTuple):
+    """Where entries of an n x n matrix stand in it, flat and row-major.
+
+    Args:
+        upper: those of the strict upper triangle.
+        lower: those that `upper` are in the transpose.
+        source: of every entry of a skew-symmetric matrix, its place in the upper triangle, the same negated, and a
+            zero, one after the other.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    source: Tensor
+
+
+def _entries(n: int, like: Tensor) -> _Entries:
+    # What is computed while a graph is traced or captured must not outlive that.
+    is_plain = type(like) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    if n > _LARGEST_KEPT or not is_plain or is_captured:
+        return _computed_entries(n, like.device)
+    return _kept_entries(n, like.device)
+
+
+@lru_cache(maxsize=16)
+def _kept_entries(n: int, device: torch.device) -> _Entries:
+    # A tensor made in inference mode could not be used in training later, and only a copy from the CPU is there for
+    # all streams of the device.
+    with torch.inference_mode(False):
+        return _Entries(*(positions.to(device) for positions in _computed_entries(n, torch.device("cpu"))))
+
+
+def _computed_entries(n: int, device: torch.device) -> _Entries:
+    dtype = torch.int32 if n * n < 2**31 else torch.int64
+    rows, columns = torch.triu_indices(n, n, offset=1, device=device, dtype=dtype)
+    upper, lower = rows * n + columns, columns * n + rows
+    places = torch.arange(len(upper), device=device, dtype=dtype)
+    source = torch.full((n * n,), 2 * len(upper), device=device, dtype=dtype)
+    source = source.index_copy(0, upper.long(), places).index_copy(0, lower.long(), places + len(upper))
+    return _Entries(upper, lower, source)
 
 
 def cayley(Q: Tensor) -> Tensor:
@@ -144,15 +193,14 @@ def cayley_neumann_vjp(Q: Tensor, grad: Tensor, num_terms: int = 3) -> Tensor:
 
 def _skew_gradient(grad: Tensor) -> Tensor:
     """The gradient by the strict upper triangle of a skew-symmetric matrix from that by all its entries."""
-    n = grad.shape[-1]
-    rows, columns = torch.triu_indices(n, n, offset=1, device=grad.device, dtype=torch.int32)
+    entries = _entries(grad.shape[-1], grad)
     flat = grad.flatten(-2)
-    return flat.index_select(-1, rows * n + columns) - flat.index_select(-1, columns * n + rows)
+    return flat.index_select(-1, entries.upper) - flat.index_select(-1, entries.lower)
 
 
 def vjp_at_identity(grad: Tensor) -> Tensor:
     """The gradient by the strict upper triangles of `Q` from that by `G`, at `Q = 0`, where every map is `I + 2 Q`."""
-    return 2 * _skew_gradient(grad)
+    return _skew_gradient(grad).mul_(2)
 
 
 def inverse_transpose_delta(delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +252,9 @@ def small_rotation_delta(Q: Tensor, tolerance: float) -> Tensor | None:
     """
     square = Q @ Q
     # The largest sum of a row's sizes bounds the norm of Q^2, and is near it for blocks whose planes turn alike.
-    bound = float(square.abs().sum(-1).max())
+    bound = float(torch.linalg.vector_norm(square, ord=1, dim=-1).max())
     if 4 * bound**2 <= tolerance:
-        mean = _squared_norm(Q)[:, None, None] / Q.shape[-1]
+        mean = -square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         return square.mul_(2 + 2 * mean).add_(Q, alpha=2)
     if 4 * bound**3 <= tolerance:
         low = Q + square

@@ -13,10 +13,12 @@ At the identity both rules lose their factors `G`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..maths.blocks import block_slices
+from ..maths.blocks import SideName, block_slices, num_rotated
 from .sides import SideBlocks, rotate_columns, rotate_rows, to_block_order
 
 
@@ -45,10 +47,10 @@ def block_outer_products(a: Tensor, b: Tensor, side: SideBlocks) -> list[Tensor]
     """
     slices = block_slices(side.deltas)
     sums = [torch.zeros_like(delta) for delta in side.deltas]
-    order = side.ordering.order[: slices[-1][1].stop]
-    chunk = _CHUNK if a.device.type == "cpu" else max(a.shape[0], 1)
+    order = _rotated_features(side)
+    chunk = _CHUNK if a.device.type == "cpu" and order is not None else max(a.shape[0], 1)
     for tokens_a, tokens_b in zip(a.split(chunk), b.split(chunk), strict=True):
-        gathered_a, gathered_b = tokens_a.index_select(1, order), tokens_b.index_select(1, order)
+        gathered_a, gathered_b = (x if order is None else x.index_select(1, order) for x in (tokens_a, tokens_b))
         for i, (delta, part) in enumerate(slices):
             left = gathered_a[:, part].unflatten(1, delta.shape[:2]).permute(1, 2, 0)
             right = gathered_b[:, part].unflatten(1, delta.shape[:2]).transpose(0, 1)
@@ -89,25 +91,72 @@ def _weight_centric_at_identity(
     grads_R, grads_P = [], []
     if R is not None:
         for delta, rows in block_slices(R.deltas):
-            features = R.ordering.order[rows]
+            features = None if R.ordering is None else R.ordering.order[rows]
             left, right = (_rows(matrix, features, dtype).unflatten(0, delta.shape[:2]) for matrix in (D, weight))
             grads_R.append(left @ right.mT)
     if P is not None:
         for delta, columns in block_slices(P.deltas):
-            features = P.ordering.order[columns]
+            features = None if P.ordering is None else P.ordering.order[columns]
             left, right = (_columns(matrix, features, dtype).unflatten(1, delta.shape[:2]) for matrix in (weight, D))
             grads_P.append(left.permute(1, 2, 0) @ right.transpose(0, 1))
     return grads_R, grads_P
 
 
-def _rows(matrix: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a matrix, or of a stack (num_experts, rows, columns) in which the rows of all experts are counted on."""
+def conjugated(
+    weight: Tensor, generators: Sequence[Tensor], side: SideName, blocks: SideBlocks, other: SideBlocks
+) -> list[Tensor]:
+    """The blocks of `W M W^T` on the side `R`, or of `W^T M W` on `P`, with `M` of the other side.
+
+    Args:
+        weight: (out, in), or a stack (num_experts, out, in).
+        generators: the blocks of `M`, in the shapes of the other side's.
+        side: whose blocks are asked for.
+        blocks, other: of both sides, at the identity.
+    """
+    num_experts = weight.shape[0] if weight.dim() == 3 else 1
+    dtype = generators[0].dtype
+    # X (num_experts, rotated features of the side, those of the other side), both in block order.
+    X = _rows(weight if side == "R" else weight.mT, _rotated_features(blocks), dtype)
+    if weight.dim() == 3:
+        X = X.unflatten(0, (num_experts, -1))
+    X = _columns(X, _rotated_features(other), dtype).unflatten(1, (num_experts, -1)).transpose(0, 1)
+    products = [
+        (columns @ M.unflatten(0, (num_experts, -1))).transpose(1, 2).flatten(2)
+        for M, columns in _split_columns(X, generators)
+    ]
+    product = torch.cat(products, dim=2) if len(products) > 1 else products[0]
+    lefts, rights = (_split_columns(x.mT, blocks.deltas) for x in (product, X))
+    return [(left.mT @ right).flatten(0, 1) for (_, left), (_, right) in zip(lefts, rights, strict=True)]
+
+
+def _rotated_features(side: SideBlocks) -> Tensor | None:
+    return None if side.ordering is None else side.ordering.order[: num_rotated(side.deltas)]
+
+
+def _split_columns(X: Tensor, blocks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each batch of equal blocks of a stack, and its columns of `X`: (num_experts, num_blocks, rows, b)."""
+    widths = [batch.shape[0] // X.shape[0] * batch.shape[1] for batch in blocks]
+    return [
+        (batch, part.unflatten(2, (-1, batch.shape[1])).transpose(1, 2))
+        for batch, part in zip(blocks, X.split(widths, dim=2), strict=True)
+    ]
+
+
+def _rows(matrix: Tensor, features: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix, or of a stack (num_experts, rows, columns) in which the rows of all experts are counted on.
+
+    All of them without `features`.
+    """
+    if features is None:
+        return matrix.flatten(0, -2).to(dtype)
     if matrix.dim() == 2:
         return matrix.index_select(0, features).to(dtype)
     num_rows = matrix.shape[1]
     return matrix[features // num_rows, features % num_rows].to(dtype)
 
 
-def _columns(matrix: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+def _columns(matrix: Tensor, features: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Columns of a matrix, or of a stack (num_experts, rows, columns) as (rows, len(features))."""
-    return matrix.index_select(1, features).to(dtype) if matrix.dim() == 2 else _rows(matrix.mT, features, dtype).mT
+    if matrix.dim() == 2 and features is not None:
+        return matrix.index_select(1, features).to(dtype)
+    return _rows(matrix.mT, features, dtype).mT

@@ -27,7 +27,7 @@ def input_centric(x: Tensor, weight: Tensor, bias: Tensor | None, R: Sequence[Si
 def rotate(x: Tensor, side: Side) -> Tensor:
     """Rotate the last dimension of activations: (..., dim) -> (..., dim). Differentiable."""
     ordering, deltas = _ordering_and_deltas(side)
-    gathered = _Gather.apply(x, ordering.order, ordering.back)
+    gathered = x if ordering is None else _Gather.apply(x, ordering.order, ordering.back)
     parts = []
     for delta, part in block_slices(deltas):
         blocks = gathered[..., part].unflatten(-1, delta.shape[:2])
@@ -36,10 +36,10 @@ def rotate(x: Tensor, side: Side) -> Tensor:
     parts.append(gathered[..., num_rotated(deltas) :])
     with torch.autocast(device_type=x.device.type, enabled=False):  # cat refuses fp16 under bf16 autocast
         rotated = torch.cat(parts, dim=-1)
-    return _Gather.apply(rotated, ordering.back, ordering.order)
+    return rotated if ordering is None else _Gather.apply(rotated, ordering.back, ordering.order)
 
 
-def _ordering_and_deltas(side: Side) -> tuple[Ordering, Sequence[Tensor]]:
+def _ordering_and_deltas(side: Side) -> tuple[Ordering | None, Sequence[Tensor]]:
     blocks = side.blocks()
     if not (torch.is_grad_enabled() and side.upper.requires_grad):
         return blocks.ordering, blocks.deltas

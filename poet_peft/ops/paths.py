@@ -94,12 +94,14 @@ def choose_path(
     partitions = [side.partition for side in (*R, *P)]
     # The tangent rule needs the gradient by x in any case, and keeps the output, which a compiler cannot follow.
     may_use_tangent = x.requires_grad and not memory_efficient and not compiled
-    outer = num_tokens * sum(p.num_rotated * (2 * p.block_size + 2 * costs.gathering) for p in partitions)
+    gathered = [p for p in partitions if not p.is_one_block]
+    outer = num_tokens * sum(2 * p.num_rotated * p.block_size for p in partitions)
+    outer += num_tokens * sum(2 * p.num_rotated * costs.gathering for p in gathered)
     plain = num_tokens * out_features * in_features
     if identity:
         # Both sides' blocks of D W^T and W^T D.
         products = sum(2 * p.block_size * p.num_rotated * weight.numel() // p.dim for p in partitions)
-        by_weight = 2 * plain + products + costs.weight_entry * weight.numel()
+        by_weight = 2 * plain + products + costs.weight_entry * weight.numel() * len(gathered) / len(partitions)
         return "tangent" if may_use_tangent and outer < _WORTH_AN_OUTPUT * by_weight else "weight_centric"
     by_input = num_tokens * sum(p.num_rotated * (2 * p.block_size + costs.rotating) for p in partitions)
     build = sum(

@@ -17,21 +17,29 @@ class SideBlocks(NamedTuple):
     """What follows from the parameters of a side: lists of batched matrices, see `BlockPartition.skew_blocks`.
 
     Args:
-        ordering: in which blocks are consecutive.
+        ordering: in which blocks are consecutive; None where they are as it is.
         Q: the skew-symmetric blocks; None at the identity, where all of them are zero.
         deltas: `G - I`. At the identity zeros that take no memory.
         inverses: `G^-T - I`; None where they were not asked for, or no cheap inverse is near enough.
     """
 
-    ordering: Ordering
+    ordering: Ordering | None
     Q: list[Tensor] | None
     deltas: list[Tensor]
     inverses: list[Tensor] | None
 
+    def in_block_order(self, x: Tensor, dim: int) -> Tensor:
+        return x if self.ordering is None else x.index_select(dim, self.ordering.order)
+
+    def in_own_order(self, x: Tensor, dim: int) -> Tensor:
+        """The inverse of `in_block_order`."""
+        return x if self.ordering is None else x.index_select(dim, self.ordering.back)
+
     def vjp(self, orthogonal_map: OrthogonalMap, grads: Sequence[Tensor]) -> Tensor:
         """The gradient by the flat parameters, (partition.num_parameters,), from `dL/dG` of the blocks."""
         if self.Q is None:
-            return torch.cat([vjp_at_identity(grad).flatten() for grad in grads])
+            gradients = [vjp_at_identity(grad).flatten() for grad in grads]
+            return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         blocks = zip(self.Q, self.deltas, grads, strict=True)
         return torch.cat([orthogonal_map.vjp(Q, delta, grad.to(delta.dtype)).flatten() for Q, delta, grad in blocks])
 
@@ -74,14 +82,14 @@ class Side(NamedTuple):
 
     def blocks_at_identity(self) -> SideBlocks:
         """All blocks, for a side that is known to be the identity."""
-        ordering = block_ordering(self.index, self.partition.dim)
+        ordering = block_ordering(self.index, self.partition)
         return SideBlocks(ordering, None, self.partition.zero_blocks(self.upper), None)
 
     def _compute(self, with_inverses: bool) -> SideBlocks:
         with torch.no_grad(), full_precision(self.upper.device.type):
             Q = self.partition.skew_blocks(self.upper)
             deltas = [self.orthogonal_map.delta(block) for block in Q]
-            blocks = SideBlocks(block_ordering(self.index, self.partition.dim), Q, deltas, None)
+            blocks = SideBlocks(block_ordering(self.index, self.partition), Q, deltas, None)
             return self._with_inverses(blocks) if with_inverses else blocks
 
     def _with_inverses(self, blocks: SideBlocks) -> SideBlocks:
@@ -170,15 +178,15 @@ def effective_weight(weight: Tensor, R: SideBlocks | None, P: SideBlocks | None)
             matrix = rotate_rows(matrix.to(R.deltas[0].dtype), R.deltas)
         matrix = matrix.to(weight.dtype)
     if P is not None:
-        matrix = matrix.index_select(1, P.ordering.back)
-    return matrix if R is None else matrix.index_select(0, R.ordering.back)
+        matrix = P.in_own_order(matrix, 1)
+    return matrix if R is None else R.in_own_order(matrix, 0)
 
 
 def to_block_order(matrix: Tensor, R: SideBlocks | None, P: SideBlocks | None) -> Tensor:
     """Rows and columns in the order in which blocks are consecutive."""
     if R is not None:
-        matrix = matrix.index_select(0, R.ordering.order)
-    return matrix if P is None else matrix.index_select(1, P.ordering.order)
+        matrix = R.in_block_order(matrix, 0)
+    return matrix if P is None else P.in_block_order(matrix, 1)
 
 
 def rotate_rows(matrix: Tensor, deltas: Sequence[Tensor], transpose: bool = False) -> Tensor:
