@@ -3,8 +3,8 @@
     python -m benchmarks.step_profile           # writes results/step-profile-cpu.json, about two minutes
     python -m benchmarks.step_profile --quick   # seconds, into benchmark-output/
 
-The model, tokens and loop of `benchmarks/quality.py`. Seconds of processor time on one thread, by Python's profiler,
-which adds nothing that counts beside products of matrices.
+The model, tokens and loop of `benchmarks/quality.py`. Seconds of processor time on one thread; those of the parts by
+Python's profiler, in steps of their own.
 """
 
 import cProfile
@@ -43,25 +43,49 @@ PARTS = {
 NUM_WARM_UP = 3
 
 
-def measure(run, tokens, num_steps):
-    """Median seconds of a whole step and mean seconds of its parts."""
-    model, optimizers = build(run, tokens)
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    profiler, seconds = cProfile.Profile(time.process_time), []
-    for number, ids in enumerate(batches(tokens.train, run)):
-        if number == NUM_WARM_UP + num_steps:
-            break
-        if number == NUM_WARM_UP:
-            profiler.enable()
-        begin = time.process_time()
-        model(input_ids=ids, labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        for optimizer in optimizers:
+class Contender:
+    """A model in training, and the time of its steps."""
+
+    def __init__(self, run, tokens):
+        self.model, self.optimizers = build(run, tokens)
+        self.batches = batches(tokens.train, run)
+        self.parameters = [
+            p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
+        self.profiler, self.seconds = cProfile.Profile(time.process_time), []
+
+    def step(self):
+        ids = next(self.batches)
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        seconds.append(time.process_time() - begin)
-    profiler.disable()
-    return {"step": statistics.median(seconds[NUM_WARM_UP:]), "parts": parts_of(profiler, num_steps)}
+
+    def measure(self):
+        """A step as it is, and one under the profiler, which takes time of its own."""
+        begin = time.process_time()
+        self.step()
+        self.seconds.append(time.process_time() - begin)
+        self.profiler.enable()
+        self.step()
+        self.profiler.disable()
+
+    def result(self):
+        """Median seconds of a whole step and mean seconds of its parts."""
+        return {"step": statistics.median(self.seconds), "parts": parts_of(self.profiler, len(self.seconds))}
+
+
+def measure(runs, tokens, num_steps):
+    """The `Contender.result` of each run. Their steps alternate: a disturbance of the machine is one of all."""
+    contenders = [Contender(run, tokens) for run in runs]
+    for _ in range(NUM_WARM_UP):
+        for contender in contenders:
+            contender.step()
+    for _ in range(num_steps):
+        for contender in contenders:
+            contender.measure()
+    return [contender.result() for contender in contenders]
 
 
 def parts_of(profiler, num_steps):
@@ -79,16 +103,16 @@ def parts_of(profiler, num_steps):
 def main():
     def add_flags(parser):
         parser.add_argument("--size", default="4m", help="4m or 15m")
-        parser.add_argument("--steps", type=int, default=20)
+        parser.add_argument("--steps", type=int, default=20, help="of each kind: as they are, and profiled")
 
     args = flags.parse(__doc__, add_flags, quick={"size": "tiny", "steps": 2}, budget=0.0)
     args.threads = 1
     file = ResultFile(args, "step_profile", f"step-profile-{args.device}", start(args))
     tokens = read_tokens("stdlib")
-    for name, run in STEPS.items():
-        cell = {"name": name, **measure(replace(run, size=args.size), tokens, args.steps)}
-        file.add(cell)
-        print(f"{name}: {cell['step']:.3f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in cell["parts"].items()))
+    runs = [replace(run, size=args.size) for run in STEPS.values()]
+    for name, result in zip(STEPS, measure(runs, tokens, args.steps), strict=True):
+        file.add({"name": name, **result})
+        print(f"{name}: {result['step']:.3f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts"].items()))
 
 
 if __name__ == "__main__":

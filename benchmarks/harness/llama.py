@@ -81,7 +81,7 @@ def build_llama(method, sizes, vocab_size, seq_length, rest, device, dtype, seed
             settings["merge_interval"] = MERGE_INTERVAL
         model = _wrap(model, adapter_config(method, "all-linear", POETConfig.for_pretraining, **settings))
         groups = poet_param_groups(model, lr=_LR, poet_lr=_LR)
-        return model, RotationMuon(groups, decorrelation=0.0) if folds_every_step(method) else adamw(groups)
+        return model, RotationMuon(groups) if folds_every_step(method) else adamw(groups)
     outside = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in targeted)]
     config = adapter_config(method, "all-linear")
     if config is not None:

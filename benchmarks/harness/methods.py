@@ -5,7 +5,7 @@ frozen          they are not trained at all
 lora-R          PEFT's LoRA of rank R
 oft-B, boft-B   PEFT's OFT and BOFT with blocks of B
 poet-B          POET with blocks of B; poet-fs-1/2 fully stochastic; with -efficient at the end memory_efficient=True
-poet-ortho-B    POET with blocks of B, folded every step, RotationMuon without decorrelation; of whole models only
+poet-ortho-B    POET with blocks of B, folded every step, RotationMuon; of whole models only
 """
 
 import re

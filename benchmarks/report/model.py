@@ -15,7 +15,7 @@ def section(result):
         f"{settings['seq_length']}; outside the linear layers everything "
         f"{'trains, in every method' if settings['rest'] == 'train' else 'is frozen, in every method'}. "
         "The optimizer is torch's fused AdamW; of rotations *folded every step* it is `RotationMuon` "
-        "without decorrelation, and its time has the fold in it."
+        "as the recipe has it, and its time has the fold in it."
     )
     parts = [machine(result), about]
     if settings["model"] == "60m" and settings["device"] == "cpu" and TARGET_METHOD in result["memory"]:
