@@ -188,16 +188,18 @@ class POETConfig(PeftConfig):
             recipe: "ortho" folds after every step and keeps the blocks that it drew, for `RotationMuon`; initial
                 weights have a size by the kind of layer. "paper" folds every 400 steps into new random blocks, for
                 AdamW, from rows of norm 1 (POET, arXiv 2506.08001).
-            overrides: any settings of `POETConfig`. With a `merge_interval`, the recipe says nothing of
-                `reinit_interval` and of sizes either; with a `base_init`, nothing of sizes.
+            overrides: any settings of `POETConfig`. With another `merge_interval` than its own, the recipe says nothing
+                of `reinit_interval` and of sizes either; with a `base_init`, nothing of sizes.
 
         Raises:
             ValueError: an unknown recipe, or settings that contradict each other.
         """
         check_choice("recipe", recipe, tuple(_INTERVALS))
         settings = {"target_modules": "all-linear", "block_size": 256, "base_init": "normalized", "train_rest": True}
-        intervals = {} if "merge_interval" in overrides else _INTERVALS[recipe]
-        sizes = {} if overrides.keys() & {"merge_interval", "base_init"} else _INITIAL_SIZES[recipe]
+        own = _INTERVALS[recipe]
+        keeps_intervals = overrides.get("merge_interval", own["merge_interval"]) == own["merge_interval"]
+        intervals = own if keeps_intervals else {}
+        sizes = _INITIAL_SIZES[recipe] if keeps_intervals and "base_init" not in overrides else {}
         return cls(**{**settings, **intervals, **sizes, **overrides})
 
     @property

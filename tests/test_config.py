@@ -282,6 +282,11 @@ def test_merge_interval_of_its_own_leaves_the_recipes_intervals():
     assert (config.merge_interval, config.reinit_interval) == (10, None)
 
 
+@pytest.mark.parametrize(("recipe", "merge_interval"), [("ortho", 1), ("paper", 400)])
+def test_merge_interval_of_the_recipe_changes_nothing(recipe, merge_interval):
+    assert POETConfig.for_pretraining(recipe, merge_interval=merge_interval) == POETConfig.for_pretraining(recipe)
+
+
 def test_scale_of_initial_weights_that_are_not_drawn_is_refused():
     with pytest.raises(ValueError, match="base_init_scale=2.0"):
         POETConfig(base_init_scale=2)
