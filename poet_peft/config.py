@@ -188,8 +188,8 @@ class POETConfig(PeftConfig):
             recipe: "ortho" folds after every step and keeps the blocks that it drew, for `RotationMuon`; initial
                 weights have a size by the kind of layer. "paper" folds every 400 steps into new random blocks, for
                 AdamW, from rows of norm 1 (POET, arXiv 2506.08001).
-            overrides: any settings of `POETConfig`. With another `merge_interval` than its own, the recipe says nothing
-                of `reinit_interval` and of sizes either; with a `base_init`, nothing of sizes.
+            overrides: any settings of `POETConfig`. With another `merge_interval` than its own, the recipe says
+                nothing of `reinit_interval` and of sizes either; with a `base_init`, nothing of sizes.
 
         Raises:
             ValueError: an unknown recipe, or settings that contradict each other.

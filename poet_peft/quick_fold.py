@@ -157,7 +157,7 @@ def rotate_in_place(matrix: Tensor, side: SideName, index: Tensor | None, deltas
         stack.copy_(rows.view(stack.shape))  # onto itself where the rows were a view
         return
     if index is None:
-        (delta,) = deltas[0].to(matrix.dtype)
+        delta = deltas[0].squeeze(0).to(matrix.dtype)
         matrix += delta @ matrix if side == "R" else matrix @ delta
         return
     for delta, part in block_slices(deltas):

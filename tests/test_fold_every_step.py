@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 
 from poet_peft import POETConfig, POETFoldError, RotationMuon, merge_and_reinitialize, poet_param_groups, quick_fold
 from poet_peft.layer import poet_layers
+from poet_peft.maths import blocks
 from poet_peft.ops import reference
 from poet_peft.ops.paths import compute_path
 from poet_peft.schedule import take_report
@@ -236,6 +237,18 @@ def test_rotation_that_blew_up_is_refused_and_no_weight_is_changed(value):
     with pytest.raises(POETFoldError, match=f"rotation P of '{layer.module_name}'"):
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
     assert_same_state(weights(model), before)
+
+
+@pytest.mark.parametrize("entries", [1, 2**30])
+def test_blocks_of_a_batch_do_not_know_of_each_other(entries, monkeypatch):
+    expected = small_model()
+    train(expected, 3, muon(expected))
+    monkeypatch.setattr(blocks, "_MOST_ENTRIES_OF_A_THREAD", entries)
+    monkeypatch.setattr(blocks, "_MOST_ENTRIES", entries)
+    actual = small_model()
+    train(actual, 3, muon(actual))
+    for name, weight in weights(expected).items():
+        torch.testing.assert_close(weights(actual)[name], weight, rtol=0, atol=1e-5)
 
 
 def test_spectrum_stays_over_many_folds():
