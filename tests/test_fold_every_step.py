@@ -255,7 +255,9 @@ def test_spectrum_stays_over_many_folds():
     model = small_model(block_size=24)
     before = spectra(model)
     train(model, 300, muon(model))
-    assert largest_drift(before, spectra(model)) < 3e-4
+    # Over the largest singular value: the smallest ones are down to 1e-3, and move by the rounding of the weights.
+    for old, new in zip(before, spectra(model), strict=True):
+        assert float((new - old).abs().max() / old.max()) < 2e-6
 
 
 @pytest.mark.parametrize("compensated", [True, False])

@@ -240,7 +240,7 @@ def cayley_by_series(Q: Tensor, num_terms: int = 3) -> Tensor:
 def small_rotation_delta(Q: Tensor, tolerance: float) -> Tensor | None:
     """`G - I` of a `G` beside `cayley(Q)` for small `Q`, by one product or two; None where neither is near enough.
 
-    `G = I + 2 Q + c Q^2` gives `G^T G = I + (4 - 2 c) Q^2 + c^2 Q^4`. With `c = 2 + 2 t`, `t` the mean of the squared
+    `G = I + 2 Q + c Q^2` gives `G^T G = I + (2 c - 4) Q^2 + c^2 Q^4`. With `c = 2 + 2 t`, `t` the mean of the squared
     singular values, the error is zero where they all are equal, and below `4 theta^4` everywhere; it is of either
     sign, so that over many folds singular values do not shrink. From `cayley(Q)` it differs by about `2 theta^3`.
 
