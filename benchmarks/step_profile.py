@@ -19,6 +19,7 @@ from benchmarks.harness import flags
 from benchmarks.harness.quality_methods import build
 from benchmarks.harness.quality_run import MAX_NORM, Run, batches
 from benchmarks.harness.results import ResultFile, start
+from benchmarks.harness.timing import interleave
 from benchmarks.harness.token_cache import read_tokens
 
 
@@ -44,7 +45,7 @@ NUM_WARM_UP = 3
 
 
 class Contender:
-    """A model in training, and the time of its steps."""
+    """A model in training, and a profile of its steps."""
 
     def __init__(self, run, tokens):
         self.model, self.optimizers = build(run, tokens)
@@ -52,7 +53,9 @@ class Contender:
         self.parameters = [
             p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
         ]
-        self.profiler, self.seconds = cProfile.Profile(time.process_time), []
+        self.profiler = cProfile.Profile(time.process_time)
+        for _ in range(NUM_WARM_UP):
+            self.step()
 
     def step(self):
         ids = next(self.batches)
@@ -63,29 +66,28 @@ class Contender:
             optimizer.zero_grad()
 
     def measure(self):
-        """A step as it is, and one under the profiler, which takes time of its own."""
+        """Seconds of a step as it is, before one under the profiler, which takes time of its own."""
         begin = time.process_time()
         self.step()
-        self.seconds.append(time.process_time() - begin)
+        seconds = time.process_time() - begin
         self.profiler.enable()
         self.step()
         self.profiler.disable()
-
-    def result(self):
-        """Median seconds of a whole step and mean seconds of its parts."""
-        return {"step": statistics.median(self.seconds), "parts": parts_of(self.profiler, len(self.seconds))}
+        return {"": seconds}
 
 
 def measure(runs, tokens, num_steps):
-    """The `Contender.result` of each run. Their steps alternate: a disturbance of the machine is one of all."""
-    contenders = [Contender(run, tokens) for run in runs]
-    for _ in range(NUM_WARM_UP):
-        for contender in contenders:
-            contender.step()
-    for _ in range(num_steps):
-        for contender in contenders:
-            contender.measure()
-    return [contender.result() for contender in contenders]
+    """Median seconds of a whole step and mean seconds of its parts, of runs by name."""
+    contenders = {name: Contender(run, tokens) for name, run in runs.items()}
+    tasks = {name: contender.measure for name, contender in contenders.items()}
+    rounds = interleave(tasks, seconds=0.0, min_rounds=num_steps, max_rounds=num_steps, warm_up=False)
+    return {
+        name: {
+            "step": statistics.median(seconds[name] for seconds in rounds),
+            "parts": parts_of(contender.profiler, num_steps),
+        }
+        for name, contender in contenders.items()
+    }
 
 
 def parts_of(profiler, num_steps):
@@ -109,8 +111,8 @@ def main():
     args.threads = 1
     file = ResultFile(args, "step_profile", f"step-profile-{args.device}", start(args))
     tokens = read_tokens("stdlib")
-    runs = [replace(run, size=args.size) for run in STEPS.values()]
-    for name, result in zip(STEPS, measure(runs, tokens, args.steps), strict=True):
+    runs = {name: replace(run, size=args.size) for name, run in STEPS.items()}
+    for name, result in measure(runs, tokens, args.steps).items():
         file.add({"name": name, **result})
         print(f"{name}: {result['step']:.3f} s, " + ", ".join(f"{k} {v:.3f}" for k, v in result["parts"].items()))
 

@@ -104,8 +104,8 @@ def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
             key = (size, rotation.orthogonal_map, upper.device, upper.dtype)
             parts.setdefault(key, []).append((rotation, triangles))
     deltas: dict[Rotation, list[Tensor]] = {rotation: [] for rotation in moved}
-    for (size, orthogonal_map, *_), all_blocks in parts.items():
-        for batch in _batches(all_blocks, blocks_at_once(size, all_blocks[0][1].device)):
+    for (size, orthogonal_map, device, _), all_blocks in parts.items():
+        for batch in _batches(all_blocks, blocks_at_once(size, device)):
             Q = skew(torch.cat([triangles for _, triangles in batch]), size)
             delta = _fold_delta(Q, orthogonal_map)
             for (rotation, _), blocks in zip(batch, delta.split([len(part) for _, part in batch]), strict=True):

@@ -21,7 +21,7 @@ def tokens():
 
 def parts(run, tokens):
     """The parts of a step that take time, and their share of it."""
-    (result,) = measure([run], tokens, num_steps=2)
+    result = measure({"run": run}, tokens, num_steps=2)["run"]
     found = {part for part, seconds in result["parts"].items() if seconds}
     return found, sum(result["parts"].values()) / result["step"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..maths.blocks import SideName, block_slices, num_rotated
-from .sides import SideBlocks, rotate_columns, rotate_rows, to_block_order
+from .sides import SideBlocks, joined, rotate_columns, rotate_rows, to_block_order
 
 
 # Gathered tokens of a chunk stay in a core's cache between gather and product.
@@ -90,14 +90,14 @@ def _weight_centric_at_identity(
     dtype = (R or P).deltas[0].dtype
     grads_R, grads_P = [], []
     if R is not None:
+        lefts, rights = (_rows(matrix, _rotated_features(R), dtype) for matrix in (D, weight))
         for delta, rows in block_slices(R.deltas):
-            features = None if R.ordering is None else R.ordering.order[rows]
-            left, right = (_rows(matrix, features, dtype).unflatten(0, delta.shape[:2]) for matrix in (D, weight))
+            left, right = (matrix[rows].unflatten(0, delta.shape[:2]) for matrix in (lefts, rights))
             grads_R.append(left @ right.mT)
     if P is not None:
+        lefts, rights = (_columns(matrix, _rotated_features(P), dtype) for matrix in (weight, D))
         for delta, columns in block_slices(P.deltas):
-            features = None if P.ordering is None else P.ordering.order[columns]
-            left, right = (_columns(matrix, features, dtype).unflatten(1, delta.shape[:2]) for matrix in (weight, D))
+            left, right = (matrix[:, columns].unflatten(1, delta.shape[:2]) for matrix in (lefts, rights))
             grads_P.append(left.permute(1, 2, 0) @ right.transpose(0, 1))
     return grads_R, grads_P
 
@@ -124,8 +124,7 @@ def conjugated(
         (columns @ M.unflatten(0, (num_experts, -1))).transpose(1, 2).flatten(2)
         for M, columns in _split_columns(X, generators)
     ]
-    product = torch.cat(products, dim=2) if len(products) > 1 else products[0]
-    lefts, rights = (_split_columns(x.mT, blocks.deltas) for x in (product, X))
+    lefts, rights = (_split_columns(x.mT, blocks.deltas) for x in (joined(products, dim=2), X))
     return [(left.mT @ right).flatten(0, 1) for (_, left), (_, right) in zip(lefts, rights, strict=True)]
 
 

@@ -38,10 +38,11 @@ class SideBlocks(NamedTuple):
     def vjp(self, orthogonal_map: OrthogonalMap, grads: Sequence[Tensor]) -> Tensor:
         """The gradient by the flat parameters, (partition.num_parameters,), from `dL/dG` of the blocks."""
         if self.Q is None:
-            gradients = [vjp_at_identity(grad).flatten() for grad in grads]
-            return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+            return joined([vjp_at_identity(grad).flatten() for grad in grads], dim=0)
         blocks = zip(self.Q, self.deltas, grads, strict=True)
-        return torch.cat([orthogonal_map.vjp(Q, delta, grad.to(delta.dtype)).flatten() for Q, delta, grad in blocks])
+        return joined(
+            [orthogonal_map.vjp(Q, delta, grad.to(delta.dtype)).flatten() for Q, delta, grad in blocks], dim=0
+        )
 
 
 class Side(NamedTuple):
@@ -195,7 +196,7 @@ def rotate_rows(matrix: Tensor, deltas: Sequence[Tensor], transpose: bool = Fals
     for delta, part in block_slices(deltas):
         rows = matrix[part].unflatten(0, delta.shape[:2])
         parts.append(torch.baddbmm(rows, delta.mT if transpose else delta, rows).flatten(0, 1))
-    return _joined(parts, matrix[num_rotated(deltas) :], dim=0)
+    return _with_rest(parts, matrix[num_rotated(deltas) :], dim=0)
 
 
 def rotate_columns(matrix: Tensor, deltas: Sequence[Tensor]) -> Tensor:
@@ -204,9 +205,13 @@ def rotate_columns(matrix: Tensor, deltas: Sequence[Tensor]) -> Tensor:
     for delta, part in block_slices(deltas):
         columns = matrix[:, part].unflatten(1, delta.shape[:2]).transpose(0, 1)
         parts.append(torch.baddbmm(columns, columns, delta).transpose(0, 1).flatten(1))
-    return _joined(parts, matrix[:, num_rotated(deltas) :], dim=1)
+    return _with_rest(parts, matrix[:, num_rotated(deltas) :], dim=1)
 
 
-def _joined(parts: list[Tensor], rest: Tensor, dim: int) -> Tensor:
-    parts = [*parts, rest] if rest.numel() or not parts else parts
+def _with_rest(parts: list[Tensor], rest: Tensor, dim: int) -> Tensor:
+    return joined([*parts, rest] if rest.numel() or not parts else parts, dim)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts as one tensor; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
