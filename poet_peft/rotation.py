@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from .maths.spectrum import orthogonality_error, skew_norm, spectrum_bound
 from .ops.sides import KeptBlocks, Side
 from .weights.sharded import full
 
+
+ONE_BLOCK_IN_ORDER = (
+    "one block of all features has them in their own order. Before the release of 0.1.0 it had another: merge the "
+    "adapter with the version that wrote it"
+)
 
 _BLOWN_UP = 1e6
 
@@ -68,6 +73,7 @@ class Rotation(nn.Module):
         self.weight = nn.Parameter(torch.zeros(partition.num_parameters))
         self.register_buffer("index", self.draw_index(seed, num_reinits))
         self._kept = KeptBlocks()
+        self.register_load_state_dict_pre_hook(_refuse_other_order)
 
     def forward(self) -> Side:
         # A call, not an attribute, so that hooks which fetch parameters (offloading, FSDP) have their turn.
@@ -115,3 +121,15 @@ class Rotation(nn.Module):
     def extra_repr(self) -> str:
         p = self.partition
         return f"dim={p.dim}, num_rotated={p.num_rotated}, block_size={p.block_size}, map={self.orthogonal_map}"
+
+
+def _refuse_other_order(rotation: Rotation, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Add an error for one block of all features whose parameters are in another order, since nothing reads it."""
+    index = state_dict.get(f"{prefix}index")
+    if not rotation.partition.is_one_block or index is None or index.is_meta:
+        return
+    if not torch.equal(index.cpu(), rotation.draw_index(seed=0, num_reinits=0)):
+        error_messages: list[str] = args[-1]
+        error_messages.append(
+            f"{prefix}index has {rotation.partition.dim} features in an order of its own, and {ONE_BLOCK_IN_ORDER}."
+        )

@@ -602,6 +602,28 @@ def test_bad_state_dict_is_refused_by_an_injected_model(edited):
     assert_same_state(model.state_dict(), before)
 
 
+# Nothing reads the index of one block of all features. Before the release of 0.1.0 it was drawn, and read.
+_reorder = _set(INDEX, slice(None), lambda index: index.flip(0))
+IN_ANOTHER_ORDER = "own order.*the version that wrote it"
+
+
+def test_file_of_one_block_in_another_order_is_refused(tmp_path):
+    wrap(llama(), block_size=80).save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    _reorder(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(POETCheckpointError, match=IN_ANOTHER_ORDER):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_state_dict_of_one_block_in_another_order_is_refused():
+    model = wrap(llama(), block_size=80)
+    tensors = model.state_dict()
+    index = INDEX.replace(".index", ".default.index")
+    with pytest.raises(RuntimeError, match=IN_ANOTHER_ORDER):
+        model.load_state_dict({**tensors, index: tensors[index].flip(0)})
+
+
 def test_different_values_for_a_tied_weight_are_refused(edited):
     """As in the file of a model that was not tied: either value would be wrong."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import POETConfig
 from ..errors import POETCheckpointError
 from ..layer import POETLayer
+from ..rotation import ONE_BLOCK_IN_ORDER
 from ..state import AdapterState
 from ..targets import parameter_names
 from ..weights.quantized import CONSTANT_PARTS, overwrite
@@ -44,7 +45,13 @@ def check_adapter_tensors(
         for rotation in layer.rotations(adapter_name):
             index = tensors[f"{name}.poet_{rotation.side}.{adapter_name}.index"].cpu()
             redrawn = rotation.draw_index(state.seed, state.num_reinits)
-            if state.num_reinits > state.num_folds or not torch.equal(index, redrawn):
+            is_other = not torch.equal(index, redrawn)
+            if is_other and rotation.partition.is_one_block:
+                raise POETCheckpointError(
+                    f"poet_{rotation.side}.index of {name!r} has the features in an order of its own, and "
+                    f"{ONE_BLOCK_IN_ORDER}."
+                )
+            if is_other or state.num_reinits > state.num_folds:
                 raise POETCheckpointError(
                     f"the file contradicts itself: poet_{rotation.side}.index of {name!r} is not what seed "
                     f"{state.seed} and {state.num_reinits} reinitialisations give after {state.num_folds} folds. It "
