@@ -21,7 +21,7 @@ from .errors import POETCheckpointError
 from .exchange import call_with
 from .maths.blocks import partition_side
 from .ops import reference
-from .ops.sides import Side
+from .ops.sides import Side, are_identity
 from .original import OriginalModel
 from .rotation import Rotation
 from .state import AdapterState, AdapterStates, Probes
@@ -228,7 +228,7 @@ class POETLayer(AdapterStates, DeltaWeight, ScaledAdapters, OriginalModel, BaseT
             return False
         if torch.compiler.is_compiling():
             return configs[0].init_weights
-        return all(side.is_identity() for side in sides)
+        return are_identity(sides)
 
     def _original_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.poet_initial_weight is None:

@@ -77,10 +77,6 @@ class Side(NamedTuple):
             return self._compute(with_inverses)
         return self.kept.blocks(self, with_inverses)
 
-    def is_identity(self) -> bool:
-        """Whether every plane is where it started. Waits for the device."""
-        return not bool(self.upper.detach().any())
-
     def blocks_at_identity(self) -> SideBlocks:
         """All blocks, for a side that is known to be the identity."""
         ordering = block_ordering(self.index, self.partition)
@@ -96,6 +92,11 @@ class Side(NamedTuple):
     def _with_inverses(self, blocks: SideBlocks) -> SideBlocks:
         inverses = [self.orthogonal_map.inverse_transpose(delta) for delta in blocks.deltas]
         return blocks._replace(inverses=None if any(inverse is None for inverse in inverses) else inverses)
+
+
+def are_identity(sides: Sequence[Side]) -> bool:
+    """Whether every plane of these sides is where it started. Waits for the device, once for all of them."""
+    return not bool(torch.stack([side.upper.detach().any() for side in sides]).any())
 
 
 def with_identity_check(y: Tensor, sides: Iterable[Side]) -> Tensor:
