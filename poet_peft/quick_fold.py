@@ -26,6 +26,8 @@ from .weights.sharded import full
 MEASURED_EVERY = 100
 
 _BLOWN_UP = 1e6
+# Entries of the blocks that are held at once: all of a small model, some layers of a large one.
+_MOST_HELD = 2**25
 # Bound of how far from orthogonal a block may be: three roundings of the fp32 weight that it is folded into at worst,
 # and far less of it on average.
 _SMALL = 4e-6
@@ -62,16 +64,32 @@ def fold_moved_sides(items: Sequence[FoldItem]) -> None:
         POETFoldError: a rotation is NaN, infinite or has grown without bound; no weight was changed.
     """
     moved = _moved([rotation for item in items for rotation in item.rotations])
-    deltas = _fold_deltas(moved)
-    for layer, adapter, _ in items:
-        sides = [rotation for rotation in layer.rotations(adapter) if rotation in deltas]
-        if sides:
-            residual = layer.residual_of(adapter)
-            layer.base_weight.change(_rotation_of(sides, deltas), residual)
-        turn_probes(layer, adapter, deltas.get)
-        layer.advance(adapter, num_folds=1)
-    for rotation in moved:
-        rotation.reset()
+    for part in _parts(items, moved):
+        deltas = _fold_deltas({r: moved[r] for item in part for r in item.rotations if r in moved})
+        for layer, adapter, _ in part:
+            sides = [rotation for rotation in layer.rotations(adapter) if rotation in deltas]
+            if sides:
+                residual = layer.residual_of(adapter)
+                layer.base_weight.change(_rotation_of(sides, deltas), residual)
+            turn_probes(layer, adapter, deltas.get)
+            layer.advance(adapter, num_folds=1)
+            for rotation in sides:
+                rotation.reset()
+
+
+def _parts(items: Sequence[FoldItem], moved: dict[Rotation, Tensor]) -> Iterator[list[FoldItem]]:
+    """The items in order, cut where the blocks to fold would be too many to hold at once."""
+    part: list[FoldItem] = []
+    num_entries = 0
+    for item in items:
+        own = sum(rotation.partition.num_entries for rotation in item.rotations if rotation in moved)
+        if part and num_entries + own > _MOST_HELD:
+            yield part
+            part, num_entries = [], 0
+        part.append(item)
+        num_entries += own
+    if part:
+        yield part
 
 
 def _moved(rotations: Sequence[Rotation]) -> dict[Rotation, Tensor]:

@@ -245,10 +245,29 @@ def test_blocks_of_a_batch_do_not_know_of_each_other(entries, monkeypatch):
     train(expected, 3, muon(expected))
     monkeypatch.setattr(blocks, "_MOST_ENTRIES_OF_A_THREAD", entries)
     monkeypatch.setattr(blocks, "_MOST_ENTRIES", entries)
+    monkeypatch.setattr(quick_fold, "_MOST_HELD", entries)
     actual = small_model()
     train(actual, 3, muon(actual))
     for name, weight in weights(expected).items():
         torch.testing.assert_close(weights(actual)[name], weight, rtol=0, atol=1e-5)
+
+
+def test_blocks_of_only_so_many_layers_are_held_at_once(monkeypatch):
+    held = []
+    fold_deltas = quick_fold._fold_deltas
+
+    def record(moved):
+        deltas = fold_deltas(moved)
+        held.append(sum(batch.numel() for batches in deltas.values() for batch in batches))
+        return deltas
+
+    monkeypatch.setattr(quick_fold, "_fold_deltas", record)
+    monkeypatch.setattr(quick_fold, "_MOST_HELD", 4_000)
+    model = small_model()
+    train(model, 2, muon(model))
+    # The second step's fold, of the input sides alone: six of 48 features and one of 80 for each of two layers.
+    assert sum(held) == 2 * 16 * (6 * 48 + 80)
+    assert len(held) > 1 and max(held) <= 4_000
 
 
 def test_spectrum_stays_over_many_folds():

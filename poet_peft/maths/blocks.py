@@ -70,6 +70,11 @@ class BlockPartition:
         b, r = self.block_size, self.remainder
         return self.num_full_blocks * (b * (b - 1) // 2) + r * (r - 1) // 2
 
+    @property
+    def num_entries(self) -> int:
+        """Entries of all blocks as matrices."""
+        return self.num_full_blocks * self.block_size**2 + self.remainder**2
+
     def skew_blocks(self, upper: Tensor) -> list[Tensor]:
         """The blocks' `Q` from their strict upper triangles, flat, shape (num_parameters,).
 
