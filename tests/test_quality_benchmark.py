@@ -275,6 +275,18 @@ def test_spectra_have_the_norm_of_the_weights(spectra, largest, tokens):
     assert (values[0] / values[3]).item() == pytest.approx(largest, rel=1e-4)
 
 
+def test_floored_spectra_have_no_small_values(tokens):
+    before, after = (
+        targeted_layers(build(replace(START, method="poet-ortho", options=o), tokens)[0])[0].base_layer.weight
+        for o in ({}, {"variant.spectra": "floored"})
+    )
+    values, floored = torch.linalg.svdvals(before), torch.linalg.svdvals(after)
+    assert after.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+    smallest = 0.5 * values.square().mean().sqrt()
+    assert values[-1] < smallest
+    assert (floored[-1] / floored[0]).item() == pytest.approx((smallest / values[0]).item(), rel=1e-4)
+
+
 def replace_train(tokens):
     """Sequences that repeat one token, which is quickly learned."""
     rows = torch.arange(64).repeat_interleave(16).reshape(64, 16)

@@ -35,11 +35,23 @@ def power_law(exponent):
     return change
 
 
+def floored(smallest):
+    """Singular values raised to `smallest` times their root mean square, at the norm of the weight."""
+
+    def change(weight, kind):
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        values = S.clamp_min(smallest * S.norm() / len(S) ** 0.5)
+        return (U * (values * S.norm() / values.norm())) @ Vh
+
+    return change
+
+
 SPECTRA = {
     "double-q-k": scaled({"q_proj": 2.0, "k_proj": 2.0}),
     "half-o-down": scaled({"o_proj": 0.5, "down_proj": 0.5}),
     "equal": power_law(0.0),
     "decaying": power_law(0.5),
+    "floored": floored(0.5),
 }
 
 
