@@ -55,8 +55,10 @@ class Forks:
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in ("0", "1")]
-        for process in self._run(ranks, WORKERS / script, *arguments, timeout=600):
-            assert process.returncode == 0, process.stderr[-5000:]
+        processes = self._run(ranks, WORKERS / script, *arguments, timeout=600)
+        # Of all: where one fails, the others are killed, and have nothing to say.
+        failed = [f"exit status {p.returncode}\n{p.stderr[-5000:]}" for p in processes if p.returncode]
+        assert not failed, "\n".join(failed)
 
     def _run(self, environments, *arguments, timeout):
         if self._server is None:
