@@ -411,6 +411,12 @@ def test_variants_are_no_final_runs_but_listed_among_the_settings():
     assert len(others) == 3
 
 
+@pytest.mark.parametrize(("losses", "text"), [((None, None), "diverged"), ((1.0, None), "1 of 2 diverged")])
+def test_diverged_long_runs_are_named(losses, text):
+    runs = [result(seed=seed, loss=loss, steps=1600) for seed, loss in zip((42, 43), losses, strict=True)]
+    assert report.mean_text(runs) == text
+
+
 def test_summary_has_the_long_runs_of_every_size(monkeypatch):
     """A size with short runs alone is left out, once there are long ones of another."""
 

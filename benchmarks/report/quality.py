@@ -146,6 +146,8 @@ def final_table(results):
 
 def mean_text(runs):
     """The mean loss of the seeds, and its standard error."""
+    if diverged := sum(run["loss"] is None for run in runs):
+        return "diverged" if diverged == len(runs) else f"{diverged} of {len(runs)} diverged"
     if len(runs) == 1:
         return f"{loss_of(runs[0]):.3f}"
     return f"{mean_loss(runs):.3f} ± {statistics.stdev(map(loss_of, runs)) / len(runs) ** 0.5:.3f}"
