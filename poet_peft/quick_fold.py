@@ -8,7 +8,7 @@ first step and in every hundredth.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .rotation import Rotation
 from .weights.residual import at_least_fp32
 from .weights.sharded import full
 
+
+_Part = TypeVar("_Part")
 
 MEASURED_EVERY = 100
 
@@ -64,7 +66,8 @@ def fold_moved_sides(items: Sequence[FoldItem]) -> None:
         POETFoldError: a rotation is NaN, infinite or has grown without bound; no weight was changed.
     """
     moved = _moved([rotation for item in items for rotation in item.rotations])
-    for part in _parts(items, moved):
+    num_entries = [sum(r.partition.num_entries for r in item.rotations if r in moved) for item in items]
+    for part in _batches(items, num_entries, _MOST_HELD):
         deltas = _fold_deltas({r: moved[r] for item in part for r in item.rotations if r in moved})
         for layer, adapter, _ in part:
             sides = [rotation for rotation in layer.rotations(adapter) if rotation in deltas]
@@ -75,21 +78,6 @@ def fold_moved_sides(items: Sequence[FoldItem]) -> None:
             layer.advance(adapter, num_folds=1)
             for rotation in sides:
                 rotation.reset()
-
-
-def _parts(items: Sequence[FoldItem], moved: dict[Rotation, Tensor]) -> Iterator[list[FoldItem]]:
-    """The items in order, cut where the blocks to fold would be too many to hold at once."""
-    part: list[FoldItem] = []
-    num_entries = 0
-    for item in items:
-        own = sum(rotation.partition.num_entries for rotation in item.rotations if rotation in moved)
-        if part and num_entries + own > _MOST_HELD:
-            yield part
-            part, num_entries = [], 0
-        part.append(item)
-        num_entries += own
-    if part:
-        yield part
 
 
 def _moved(rotations: Sequence[Rotation]) -> dict[Rotation, Tensor]:
@@ -123,7 +111,8 @@ def _fold_deltas(moved: dict[Rotation, Tensor]) -> dict[Rotation, list[Tensor]]:
             parts.setdefault(key, []).append((rotation, triangles))
     deltas: dict[Rotation, list[Tensor]] = {rotation: [] for rotation in moved}
     for (size, orthogonal_map, device, _), all_blocks in parts.items():
-        for batch in _batches(all_blocks, blocks_at_once(size, device)):
+        num_blocks = [len(triangles) for _, triangles in all_blocks]
+        for batch in _batches(all_blocks, num_blocks, blocks_at_once(size, device)):
             Q = skew(torch.cat([triangles for _, triangles in batch]), size)
             delta = _fold_delta(Q, orthogonal_map)
             for (rotation, _), blocks in zip(batch, delta.split([len(part) for _, part in batch]), strict=True):
@@ -139,15 +128,16 @@ def _fold_delta(Q: Tensor, orthogonal_map: OrthogonalMap) -> Tensor:
     return orthogonal_map.fold_delta(Q, orthogonal_map.delta(Q))
 
 
-def _batches(parts: Sequence[tuple[Rotation, Tensor]], most_blocks: int) -> Iterator[list[tuple[Rotation, Tensor]]]:
-    batch: list[tuple[Rotation, Tensor]] = []
-    num_blocks = 0
-    for part in parts:
-        if batch and num_blocks + len(part[1]) > most_blocks:
+def _batches(parts: Sequence[_Part], sizes: Sequence[int], most: int) -> Iterator[list[_Part]]:
+    """The parts in order, each batch of sizes that add up to at most `most`, or of one part."""
+    batch: list[_Part] = []
+    total = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if batch and total + size > most:
             yield batch
-            batch, num_blocks = [], 0
+            batch, total = [], 0
         batch.append(part)
-        num_blocks += len(part[1])
+        total += size
     if batch:
         yield batch
 

@@ -17,11 +17,6 @@ from .ops.sides import KeptBlocks, Side
 from .weights.sharded import full
 
 
-ONE_BLOCK_IN_ORDER = (
-    "one block of all features has them in their own order. Before the release of 0.1.0 it had another: merge the "
-    "adapter with the version that wrote it"
-)
-
 _BLOWN_UP = 1e6
 
 
@@ -86,6 +81,19 @@ class Rotation(nn.Module):
             self.partition, seed=seed, module_name=self.module_name, side=self.side, num_reinits=num_reinits
         )
 
+    def order_problem(self, index: Tensor) -> str | None:
+        """What is wrong with a file's index of one block of all features, whose order nothing reads; None if nothing.
+
+        The parameters that belong to it would mean other planes.
+        """
+        if not self.partition.is_one_block or torch.equal(index.cpu(), self.draw_index(seed=0, num_reinits=0)):
+            return None
+        return (
+            f"has {self.partition.dim} features in an order of its own, and one block of all features has them in "
+            "their own order. Before the release of 0.1.0 it had another: merge the adapter with the version that "
+            "wrote it."
+        )
+
     @torch.no_grad()
     def is_usable(self) -> bool:
         """Whether `G` is finite and of sane size. An orthogonal matrix has entries of at most 1; a series whose `Q`
@@ -124,12 +132,8 @@ class Rotation(nn.Module):
 
 
 def _refuse_other_order(rotation: Rotation, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-    """Add an error for one block of all features whose parameters are in another order, since nothing reads it."""
     index = state_dict.get(f"{prefix}index")
-    if not rotation.partition.is_one_block or index is None or index.is_meta:
-        return
-    if not torch.equal(index.cpu(), rotation.draw_index(seed=0, num_reinits=0)):
+    problem = None if index is None or index.is_meta else rotation.order_problem(index)
+    if problem is not None:
         error_messages: list[str] = args[-1]
-        error_messages.append(
-            f"{prefix}index has {rotation.partition.dim} features in an order of its own, and {ONE_BLOCK_IN_ORDER}."
-        )
+        error_messages.append(f"{prefix}index {problem}")

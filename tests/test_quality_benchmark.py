@@ -263,23 +263,22 @@ def test_growing_weights_keep_the_shape_of_their_spectra(tokens):
     assert measure(run, tokens)["drift"]["relative"] < 1e-3
 
 
+def initial_weights(spectra, tokens):
+    """A weight as the recipe draws it, and the same one with other spectra."""
+    runs = [replace(START, method="poet-ortho", options=o) for o in ({}, {"variant.spectra": spectra})]
+    return [targeted_layers(build(run, tokens)[0])[0].base_layer.weight for run in runs]
+
+
 @pytest.mark.parametrize(("spectra", "largest"), [("equal", 1.0), ("decaying", 2.0)])
 def test_spectra_have_the_norm_of_the_weights(spectra, largest, tokens):
-    options = {"variant.spectra": spectra}
-    weight, changed = (
-        targeted_layers(build(replace(START, method="poet-ortho", options=o), tokens)[0])[0].base_layer.weight
-        for o in ({}, options)
-    )
+    weight, changed = initial_weights(spectra, tokens)
     values = torch.linalg.svdvals(changed)
     assert changed.norm().item() == pytest.approx(weight.norm().item(), rel=1e-5)
     assert (values[0] / values[3]).item() == pytest.approx(largest, rel=1e-4)
 
 
 def test_floored_spectra_have_no_small_values(tokens):
-    before, after = (
-        targeted_layers(build(replace(START, method="poet-ortho", options=o), tokens)[0])[0].base_layer.weight
-        for o in ({}, {"variant.spectra": "floored"})
-    )
+    before, after = initial_weights("floored", tokens)
     values, floored = torch.linalg.svdvals(before), torch.linalg.svdvals(after)
     assert after.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
     smallest = 0.5 * values.square().mean().sqrt()

@@ -24,26 +24,25 @@ def scaled(factors):
     return lambda weight, kind: weight * factors.get(kind, 1.0)
 
 
-def power_law(exponent):
-    """Singular values `i^-exponent`, at the norm and with the singular vectors of the weight."""
+def of_shape(values_of):
+    """Singular values `values_of(those of the weight)`, at the norm and with the singular vectors of the weight."""
 
     def change(weight, kind):
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        values = torch.arange(1, len(S) + 1, dtype=S.dtype) ** -exponent
+        values = values_of(S)
         return (U * (values * S.norm() / values.norm())) @ Vh
 
     return change
+
+
+def power_law(exponent):
+    """Singular values `i^-exponent`."""
+    return of_shape(lambda S: torch.arange(1, len(S) + 1, dtype=S.dtype) ** -exponent)
 
 
 def floored(smallest):
-    """Singular values raised to `smallest` times their root mean square, at the norm of the weight."""
-
-    def change(weight, kind):
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        values = S.clamp_min(smallest * S.norm() / len(S) ** 0.5)
-        return (U * (values * S.norm() / values.norm())) @ Vh
-
-    return change
+    """Singular values raised to `smallest` times their root mean square."""
+    return of_shape(lambda S: S.clamp_min(smallest * S.norm() / len(S) ** 0.5))
 
 
 SPECTRA = {

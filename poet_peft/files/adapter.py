@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..config import POETConfig
 from ..errors import POETCheckpointError
 from ..layer import POETLayer
-from ..rotation import ONE_BLOCK_IN_ORDER
 from ..state import AdapterState
 from ..targets import parameter_names
 from ..weights.quantized import CONSTANT_PARTS, overwrite
@@ -45,13 +44,10 @@ def check_adapter_tensors(
         for rotation in layer.rotations(adapter_name):
             index = tensors[f"{name}.poet_{rotation.side}.{adapter_name}.index"].cpu()
             redrawn = rotation.draw_index(state.seed, state.num_reinits)
-            is_other = not torch.equal(index, redrawn)
-            if is_other and rotation.partition.is_one_block:
-                raise POETCheckpointError(
-                    f"poet_{rotation.side}.index of {name!r} has the features in an order of its own, and "
-                    f"{ONE_BLOCK_IN_ORDER}."
-                )
-            if is_other or state.num_reinits > state.num_folds:
+            problem = rotation.order_problem(index)
+            if problem is not None:
+                raise POETCheckpointError(f"poet_{rotation.side}.index of {name!r} {problem}")
+            if state.num_reinits > state.num_folds or not torch.equal(index, redrawn):
                 raise POETCheckpointError(
                     f"the file contradicts itself: poet_{rotation.side}.index of {name!r} is not what seed "
                     f"{state.seed} and {state.num_reinits} reinitialisations give after {state.num_folds} folds. It "
