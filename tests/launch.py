@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 
 WORKERS = Path(__file__).parent / "workers"
@@ -51,9 +51,15 @@ class Forks:
 
     def launch(self, script, *arguments):
         """Run a worker in two processes, in the environment that torchrun gives it."""
-        with socket.create_server(("localhost", 0)) as free:
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        # Listens from here on, as torchrun's does, so that no other process can take its port.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
         ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in ("0", "1")]
         processes = self._run(ranks, WORKERS / script, *arguments, timeout=600)
         # Of all: where one fails, the others are killed, and have nothing to say.
