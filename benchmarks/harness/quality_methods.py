@@ -15,8 +15,8 @@ from .llama import PRESETS, llama, targeted_layers
 from .poet_variants import AnglesByLayer, add_gains, change_spectra, let_grow
 
 
-# Parameters with a vocabulary of 2,048: 4.2 and 14.7 million.
-SIZES = {"4m": PRESETS["20m"], "15m": (512, 1376, 4, 8), "tiny": PRESETS["tiny"]}
+# Parameters with a vocabulary of 2,048: 1.3, 4.2 and 14.7 million.
+SIZES = {"1m": (128, 344, 4, 4), "4m": PRESETS["20m"], "15m": (512, 1376, 4, 8), "tiny": PRESETS["tiny"]}
 
 # Settings of "poet-ortho" that a run without the option "optimizer.NAME" has, whatever the package's defaults are.
 ORTHO_UNLESS_SAID = {"momentum": 0.95, "decorrelation": 0.0}
