@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
 from benchmarks.harness.poet_variants import SPECTRA
+from benchmarks.harness.quality_methods import SIZES
 from benchmarks.harness.quality_run import Run, measure
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import read_tokens
@@ -194,7 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=["tune", "parts", "final"], help="learning rates, parts left out, long runs")
     parser.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS), help="methods")
-    parser.add_argument("--size", default="4m", help="1m, 4m or 15m")
+    parser.add_argument("--size", default="4m", help=" or ".join(SIZES))
     parser.add_argument("--data", default="stdlib", help="stdlib or gsm8k")
     parser.add_argument("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--list", action="store_true", help="print what is measured")

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.harness import flags
-from benchmarks.harness.quality_methods import build
+from benchmarks.harness.quality_methods import SIZES, build
 from benchmarks.harness.quality_run import MAX_NORM, Run, batches
 from benchmarks.harness.results import ResultFile, start
 from benchmarks.harness.timing import interleave
@@ -104,7 +104,7 @@ def parts_of(profiler, num_steps):
 
 def main():
     def add_flags(parser):
-        parser.add_argument("--size", default="4m", help="1m, 4m or 15m")
+        parser.add_argument("--size", default="4m", help=" or ".join(SIZES))
         parser.add_argument("--steps", type=int, default=20, help="of each kind: as they are, and profiled")
 
     args = flags.parse(__doc__, add_flags, quick={"size": "tiny", "steps": 2}, budget=0.0)
