@@ -481,6 +481,13 @@ def test_parts_are_those_of_the_best_blocks():
     assert report.parts_tables(runs)[-1][1].splitlines()[2].startswith("| block size | 512 | 256 | 0.500 | 1.000 |")
 
 
+def test_parts_are_those_of_the_blocks_with_the_most_seeds():
+    runs = [result(method, steps=n) for method in ("adamw", "muon", "poet-ortho") for n in (400, 1600)]
+    runs.append(result("poet-ortho", steps=1600, seed=43))
+    runs.append(result("poet-ortho", loss=0.5, steps=1600, options={"config.block_size": 512}))
+    assert report.parts_tables(runs)[-1][1].splitlines()[2].startswith("| block size | 256 | 512 | 1.000 | 0.500 |")
+
+
 def test_a_run_that_no_other_differs_from_by_one_thing_has_no_table_of_parts():
     runs = [result("poet-ortho"), result("poet-ortho", lr=2e-2, matrix_lr=1e-2)]
     assert report.parts_table(runs, runs[0]) == ""

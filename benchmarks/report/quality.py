@@ -183,12 +183,14 @@ def spectra_table(results):
 def parts_tables(results):
     """`parts_table` of the short and of the long runs, `(steps, table)`; without those that have no pairs."""
     steps = steps_of(results)
-    chosen = (steps[0], tuning_runs(results)), (steps[-1], final_runs(results))
+    tuned = [runs[:1] for runs in tuning_runs(results).values()]
+    chosen = (steps[0], tuned), (steps[-1], list(final_runs(results).values()))
     tables = []
-    for length, families in chosen:
-        of_poet = [runs[0] for runs in families.values() if runs[0]["run"]["method"] == "poet-ortho"]
+    for length, by_family in chosen:
+        of_poet = [runs for runs in by_family if runs[0]["run"]["method"] == "poet-ortho"]
         if of_poet:
-            tables.append((length, parts_table(runs_of(results, length), of_poet[0])))
+            best = min(of_poet, key=by_seeds_and_loss)[0]
+            tables.append((length, parts_table(runs_of(results, length), best)))
     return [(length, pairs) for length, pairs in tables if pairs]
 
 
