@@ -358,10 +358,28 @@ def test_difference_is_that_of_the_same_sequences():
 
 
 def test_error_of_a_difference_has_the_part_of_the_seeds():
-    runs = [result(seed=seed, losses=[seed, seed]) for seed in (1, 2, 3)]
-    baseline = [result(seed=seed, losses=[0.0, 0.0]) for seed in (1, 2, 3)]
-    mean, error = quality_runs.difference(runs, baseline)
-    assert (mean, error) == (pytest.approx(2.0), pytest.approx(1 / 3**0.5))
+    runs = [result(seed=seed, losses=[seed, seed]) for seed in (1, 2)]
+    baseline = [result(seed=seed, losses=[0.0, 0.0]) for seed in (1, 2)]
+    mean, error = quality_runs.difference(runs, baseline, of_seeds=0.3)
+    assert (mean, error) == (pytest.approx(1.5), pytest.approx(0.3))
+
+
+def test_deviation_of_seeds_is_that_of_all_settings_together():
+    runs = [result(method, steps=steps) for method in ("muon", "poet-ortho") for steps in (400, 1600)]
+    runs += [result(seed=seed, loss=loss, steps=1600) for seed, loss in ((1, 0.0), (2, 1.0), (3, 2.0))]
+    runs += [result(seed=seed, loss=loss, lr=2e-2, steps=1600) for seed, loss in ((1, 0.0), (2, 4.0))]
+    assert quality_runs.deviation(runs) == (pytest.approx((10 / 3) ** 0.5), 3)
+
+
+def test_mean_has_the_error_that_the_deviation_of_seeds_gives_it():
+    runs = [result(seed=seed, loss=loss) for seed, loss in enumerate((1.0, 1.0, 2.0, 2.0))]
+    assert report.mean_text(runs, of_seeds=0.2) == "1.500 ± 0.100"
+
+
+def test_deviation_of_seeds_is_unknown_with_one_of_each():
+    assert (
+        quality_runs.deviation([result(m, steps=n) for m in ("adamw", "muon", "poet-ortho") for n in (4, 8)]) is None
+    )
 
 
 def test_runs_of_different_seeds_have_no_difference():
@@ -406,7 +424,7 @@ def test_variants_are_no_final_runs_but_listed_among_the_settings():
     ]
     assert quality_runs.final_runs(runs).keys() == {"adamw", "muon", "poet-ortho"}
     first, *others = report.long_settings_table(runs).splitlines()[2:]
-    assert first.startswith('| POET, recipe "ortho" | 0.500 ± 0.000 | 2 |') and "gains layer" in first
+    assert first.startswith('| POET, recipe "ortho" | 0.500 | 2 |') and "gains layer" in first
     assert len(others) == 3
 
 

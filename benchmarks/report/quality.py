@@ -1,13 +1,12 @@
 """The pretraining comparison: README.md's table and docs/pretraining-results.md, see `benchmarks/quality.py`."""
 
-import statistics
-
 from benchmarks.harness.quality_methods import ORTHO_UNLESS_SAID
 
 from .quality_names import name_of
 from .quality_plot import plot_name
 from .quality_runs import (
     by_seeds_and_loss,
+    deviation,
     difference,
     final_runs,
     is_bracketed,
@@ -29,8 +28,8 @@ INITIAL_WEIGHTS = {"usual": "the model's own", "normalized": "rows of norm 1", "
 DATA = {"stdlib": "the source of the Python standard library", "gsm8k": "GSM8K"}
 
 
-def difference_text(runs, baseline):
-    found = difference(runs, baseline)
+def difference_text(runs, baseline, of_seeds=0.0):
+    found = difference(runs, baseline, of_seeds)
     return "" if found is None or runs is baseline else f"{found[0]:+.3f} ± {found[1]:.3f}"
 
 
@@ -132,35 +131,56 @@ def final_table(results):
         return "The long runs are not measured yet: `python -m benchmarks.quality --plan final`."
     baselines = {family: families.get(family) for family in ("adamw", "muon")}
     tried = long_runs(results)
+    of_seeds = _of_seeds(results)
     rows = []
     for family, runs in families.items():
         over = [
-            difference_text(runs, baseline) if baseline and family != name else ""
+            difference_text(runs, baseline, of_seeds) if baseline and family != name else ""
             for name, baseline in baselines.items()
         ]
         tokens = runs[0]["tokens"] / 1e6
-        rows.append([name_of(family), mean_text(runs), *over, len(runs), len(tried[family]), f"{tokens:.2f}"])
+        rows.append(
+            [name_of(family), mean_text(runs, of_seeds), *over, len(runs), len(tried[family]), f"{tokens:.2f}"]
+        )
     header = ["method", "loss", "over AdamW", "over Muon", "seeds", "settings tried", "million tokens"]
     return table(header, rows)
 
 
-def mean_text(runs):
-    """The mean loss of the seeds, and its standard error."""
+def _about_seeds(results):
+    """How far runs that differ in their seed alone end from each other."""
+    found = deviation(results)
+    if found is None:
+        return ""
+    of_seeds, freedom = found
+    return f"""
+From one seed to another the loss deviates by {of_seeds:.3f} ({freedom} degrees of freedom, all settings with several
+seeds together): two single runs that differ in nothing else are {2**0.5 * of_seeds:.3f} apart, root mean square.
+"""
+
+
+def _of_seeds(results):
+    """The deviation from seed to seed, 0 where no settings were run with two."""
+    found = deviation(results)
+    return found[0] if found else 0.0
+
+
+def mean_text(runs, of_seeds=0.0):
+    """The mean loss of the seeds and, where their standard deviation is known, its standard error."""
     if diverged := sum(run["loss"] is None for run in runs):
         return "diverged" if diverged == len(runs) else f"{diverged} of {len(runs)} diverged"
-    if len(runs) == 1:
-        return f"{loss_of(runs[0]):.3f}"
-    return f"{mean_loss(runs):.3f} ± {statistics.stdev(map(loss_of, runs)) / len(runs) ** 0.5:.3f}"
+    error = f" ± {of_seeds / len(runs) ** 0.5:.3f}" if of_seeds else ""
+    return f"{mean_loss(runs):.3f}{error}"
 
 
 def long_settings_table(results):
     """Every setting that the long runs were made with, in the order in which they are chosen."""
     tried = [runs for lists in long_runs(results).values() for runs in lists]
+    of_seeds = _of_seeds(results)
     rows = []
     for runs in sorted(tried, key=by_seeds_and_loss):
         run = runs[0]["run"]
         settings = [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
-        rows.append([name_of(runs[0]["family"]), mean_text(runs), len(runs), *settings])
+        rows.append([name_of(runs[0]["family"]), mean_text(runs, of_seeds), len(runs), *settings])
     return table(["method", "loss", "seeds", "matrix rate", "other rate", "settings"], rows)
 
 
@@ -260,14 +280,17 @@ def _value_text(what, value):
     return ", ".join(map(str, value)) if isinstance(value, list) else option_text(value)
 
 
+_ABOUT_LONG_RUNS = """Pretraining from random weights, each method at its best settings of those tried: mean of the
+seeds, and its standard error by the deviation from seed to seed of all settings that were run with several."""
+
+
 def summary():
     """What README.md says: the long runs of every size, or the short ones of the first where there are none."""
     found = read()
     measured = {key: results for key, results in found.items() if final_runs(results)}
     if measured:
         tables = [f"{_model_and_data(*item)}:\n\n{final_table(item[1])}\n" for item in measured.items()]
-        about = "Pretraining from random weights, each method at its best settings of those tried (mean and standard"
-        return f"{about} error of\nthe seeds, where there are several).\n\n" + "\n".join(tables)
+        return f"{_ABOUT_LONG_RUNS}\n\n" + "\n".join(tables)
     if not found:
         return ""
     key, results = next(iter(found.items()))
@@ -303,7 +326,7 @@ text. {first["hardware"]}, fp32; {versions}.
 ### The long runs
 
 {final_table(results)}
-
+{_about_seeds(results)}
 ![Held-out loss while training, for each method at its best settings](figures/{plot_name(size, data)})
 
 ### How the settings were chosen
@@ -348,7 +371,7 @@ of layer: their RMS, and the largest and the median one over it.
 
 Two runs a row, of seed 42, which differ in one setting alone; of all such pairs whose first run has the best run's
 value, the one with the lowest loss. Nothing was tuned again after the change. The errors are those of the held-out
-text; what another seed does is in the table of the long runs.
+text alone: what another seed does is said under the table of the long runs, and many a difference is smaller.
 """
     for steps, pairs in parts:
         text += f"\nAfter {steps:,} steps:\n\n{pairs}\n"

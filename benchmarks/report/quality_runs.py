@@ -89,11 +89,28 @@ def mean_loss(runs):
     return statistics.mean(loss_of(run) for run in runs)
 
 
-def difference(runs, baseline):
+def deviation(results):
+    """Standard deviation of the loss from seed to seed, and its degrees of freedom; None where no settings have two.
+
+    Pooled over all settings of the long runs: that of three seeds alone is low or high by chance.
+    """
+    losses = [[loss_of(run) for run in runs] for lists in long_runs(results).values() for runs in lists]
+    losses = [of_seeds for of_seeds in losses if len(of_seeds) > 1 and math.inf not in of_seeds]
+    freedom = sum(len(of_seeds) - 1 for of_seeds in losses)
+    if not freedom:
+        return None
+    squares = sum(statistics.variance(of_seeds) * (len(of_seeds) - 1) for of_seeds in losses)
+    return (squares / freedom) ** 0.5, freedom
+
+
+def difference(runs, baseline, of_seeds=0.0):
     """Mean and standard error of the loss over the baseline's, from the same sequences of the same seeds.
 
-    The error has both parts: what the choice of held-out sequences and what the choice of seeds would change. None
-    where no seed is common or one diverged.
+    None where no seed is common or one diverged.
+
+    Args:
+        of_seeds: standard deviation of the loss from seed to seed, which adds to what the choice of sequences would
+            change. A seed that two runs share makes it no smaller: their losses hardly go together.
     """
     by_seed = {run["run"]["seed"]: run for run in baseline}
     pairs = [(run, by_seed[run["run"]["seed"]]) for run in runs if run["run"]["seed"] in by_seed]
@@ -101,9 +118,7 @@ def difference(runs, baseline):
         return None
     rows = [[a - b for a, b in zip(run["losses"], other["losses"], strict=True)] for run, other in pairs]
     by_sequence = [statistics.mean(column) for column in zip(*rows, strict=True)]
-    variance = statistics.variance(by_sequence) / len(by_sequence)
-    if len(rows) > 1:
-        variance += statistics.variance([statistics.mean(row) for row in rows]) / len(rows)
+    variance = statistics.variance(by_sequence) / len(by_sequence) + 2 * of_seeds**2 / len(rows)
     return statistics.mean(by_sequence), variance**0.5
 
 
