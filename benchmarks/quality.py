@@ -3,6 +3,7 @@
     python -m benchmarks.quality --plan tune                    # one process, one thread; begin a second one beside it
     python -m benchmarks.quality --plan tune --only muon
     python -m benchmarks.quality --plan final
+    python -m benchmarks.quality --plan final --again           # what is there once more, into again/ beside it
     python -m benchmarks.quality --list                         # what is measured, best first
 
 A run is kept in `results/quality/SIZE/DATA/`, a file each, and is not made again. Processes share the runs of a plan:
@@ -14,7 +15,6 @@ import json
 import math
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
 
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
 from benchmarks.harness.poet_variants import SPECTRA
@@ -22,9 +22,8 @@ from benchmarks.harness.quality_methods import SIZES
 from benchmarks.harness.quality_run import Run, measure
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import read_tokens
+from benchmarks.report.quality_runs import AGAIN, RESULTS
 
-
-RESULTS = Path(__file__).parent / "results" / "quality"
 
 # Queries and keys larger, what the MLP adds to the residual stream smaller.
 SIZES_BY_LAYER = {"q_proj|k_proj": 3.0, "down_proj": 0.5}
@@ -119,8 +118,10 @@ SEEDS = (42, 43, 44)
 FINAL_STEPS = 1600
 
 
-def path_of(run):
-    return RESULTS / run.size / run.data / f"{run.name}.json"
+def path_of(run, again=False):
+    """Where a run's result is kept; with `again` that of the same run made once more."""
+    folder = RESULTS / run.size / run.data
+    return (folder / AGAIN if again else folder) / f"{run.name}.json"
 
 
 def losses_of(runs):
@@ -164,14 +165,20 @@ def wanted(plan, methods, changes):
             yield []
 
 
-def make(plan, methods, changes, gsm8k):
-    """Make all runs of a plan that no other process is at; a search goes on as soon as its runs are there."""
+def make(plan, methods, changes, gsm8k, again=False):
+    """Make all runs of a plan that no other process is at; a search goes on as soon as its runs are there.
+
+    Args:
+        again: make those of the plan that are there already, once more.
+    """
     tokens = None
     while True:
         columns = list(wanted(plan, methods, changes))
         runs = [run for row in zip_longest(*columns) for run in row if run is not None]
+        if again:
+            runs = [run for run in runs if path_of(run).is_file()]
         for run in runs:
-            path = path_of(run)
+            path = path_of(run, again)
             with claimed(path) as is_mine:
                 if is_mine:
                     tokens = tokens or read_tokens(run.data, gsm8k)
@@ -198,11 +205,12 @@ def main():
     parser.add_argument("--size", default="4m", help=" or ".join(SIZES))
     parser.add_argument("--data", default="stdlib", help="stdlib or gsm8k")
     parser.add_argument("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--again", action="store_true", help="make runs that are there once more, into again/")
     parser.add_argument("--list", action="store_true", help="print what is measured")
     args = parser.parse_args()
     if args.plan:
         methods = [method for method in args.only if args.plan != "parts" or method == "poet-ortho"]
-        make(args.plan, methods, {"size": args.size, "data": args.data}, args.gsm8k)
+        make(args.plan, methods, {"size": args.size, "data": args.data}, args.gsm8k, args.again)
     if args.list or not args.plan:
         show()
 

@@ -466,6 +466,24 @@ def test_methods_are_called_by_their_blocks(options, name):
     assert name_of(Run("poet-paper", lr=1e-2, options=options).family) == name
 
 
+def test_runs_made_again_are_beside_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality_runs, "RESULTS", tmp_path)
+    for loss, again in ((3.0, False), (3.04, True)):
+        path = quality.path_of(Run(**result("muon")["run"]), again)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result("muon", loss=loss)))
+    (row,) = report.again_table(quality_runs.read_again("4m", "stdlib")).splitlines()[2:]
+    assert row.startswith("| Muon | 42 | 3.000 | 3.040 |")
+    assert len(quality_runs.read()["4m", "stdlib"]) == 1
+
+
+def test_runs_that_are_not_there_are_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality, "read_tokens", lambda *_: pytest.fail("a run is made"))
+    quality.make("tune", ["frozen"], {}, None, again=True)
+
+
 def test_spectra_are_those_of_the_best_run_that_has_them():
     found = {"up_proj": {"rms": [0.5, 1.0], "largest": [1.6, 1.8], "median": [0.9, 0.9]}}
     runs = [result("muon", loss=1.0), result("muon", lr=2e-2, loss=2.0) | {"spectra": found}]

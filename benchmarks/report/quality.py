@@ -16,6 +16,7 @@ from .quality_runs import (
     mean_loss,
     near_best,
     read,
+    read_again,
     runs_of,
     steps_of,
     tuning_runs,
@@ -182,6 +183,16 @@ def long_settings_table(results):
         settings = [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
         rows.append([name_of(runs[0]["family"]), mean_text(runs, of_seeds), len(runs), *settings])
     return table(["method", "loss", "seeds", "matrix rate", "other rate", "settings"], rows)
+
+
+def again_table(pairs):
+    """Runs that were made twice, as `read_again` gives them: everything equal but the processor."""
+    rows = [
+        [name_of(first["family"]), first["run"]["seed"], *(f"{loss_of(run):.3f}" for run in (first, again))]
+        + [settings_text(first["run"])]
+        for first, again in pairs
+    ]
+    return table(["method", "seed", "loss", "again", "settings"], rows) if rows else ""
 
 
 def spectra_table(results):
@@ -355,6 +366,13 @@ All that were tried over {longest:,} steps, nothing left out. The choice is by t
 settings with the most seeds: one seed alone may be lucky.
 
 {long_settings_table(results)}
+"""
+    if twice := again_table(read_again(size, data)):
+        text += f"""
+Some were made again, with the same seed on another processor, which rounds otherwise and may have bfloat16 products
+where the first had none. How far they end apart says what a loss is worth to which decimal:
+
+{twice}
 """
     if shapes := spectra_table(results):
         text += f"""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
+AGAIN = "again"  # the folder of runs that were made once more
 VARIANT = "-variant"  # ends the family of what the package does not have
 NEAR = 1.02  # times the best loss
 COMPARED = {"adamw", "muon", "poet-ortho"}
@@ -18,6 +19,16 @@ def read():
     for path in sorted(RESULTS.glob("*/*/*.json")):
         found.setdefault((path.parts[-3], path.parts[-2]), []).append(json.loads(path.read_text("utf-8")))
     return dict(sorted(found.items(), key=lambda item: (int(item[0][0].removesuffix("m")), -len(item[1]))))
+
+
+def read_again(size, data):
+    """Pairs of results of runs that were made twice, in the order of their seeds."""
+    folder = RESULTS / size / data
+    pairs = [
+        [json.loads((folder / kind / path.name).read_text("utf-8")) for kind in ("", AGAIN)]
+        for path in sorted((folder / AGAIN).glob("*.json"))
+    ]
+    return sorted(pairs, key=lambda pair: pair[0]["run"]["seed"])
 
 
 def loss_of(result):
