@@ -12,10 +12,11 @@ import torch
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, _zeropower_via_newtonschulz
 
 from benchmarks import quality
+from benchmarks.harness import quality_run
 from benchmarks.harness.coordinate_search import Choice, Rate, Unmeasured, search
 from benchmarks.harness.llama import kinds_of_layers, targeted_layers
 from benchmarks.harness.quality_methods import METHODS, build, newton_schulz_of_muon
-from benchmarks.harness.quality_run import BATCH_SIZE, Run, _train, batches, measure, schedule
+from benchmarks.harness.quality_run import BATCH_SIZE, Run, _train, batches, measure, repeats_a_pair, schedule
 from benchmarks.harness.run_files import claimed, read_result, write_result
 from benchmarks.harness.token_cache import Tokens
 from benchmarks.report import quality as report
@@ -309,6 +310,22 @@ def test_size_of_the_spectra_is_measured_where_weights_are_trained(method, token
     assert at_end > 1.1 * at_start
 
 
+def test_tokens_that_repeat_a_pair_of_their_own_sequence():
+    sequences = torch.tensor([[1, 2, 1, 2, 1, 3, 3, 3], [2, 1, 4, 4, 5, 6, 7, 8]])
+    expected = torch.tensor([[0, 0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert torch.equal(repeats_a_pair(sequences), expected)
+
+
+def test_loss_of_repeated_pairs_and_of_the_others_make_up_that_of_all(tokens, monkeypatch):
+    monkeypatch.setattr(quality_run, "HELD_OUT_LOG", START.steps)
+    held_out = tokens.held_out % 4
+    result = measure(START, replace(tokens, held_out=held_out))
+    ((_, repeated, others),) = result["repeat_curve"]
+    share = repeats_a_pair(held_out).float().mean().item()
+    assert repeated != pytest.approx(others, abs=1e-3)
+    assert share * repeated + (1 - share) * others == pytest.approx(result["loss"], abs=1e-3)
+
+
 def test_diverged_run_ends_without_a_loss(tokens):
     result = measure(replace(START, lr=1e4, steps=50), tokens)
     assert result["loss"] is None
@@ -476,6 +493,14 @@ def test_runs_made_again_are_beside_the_first(tmp_path, monkeypatch):
     (row,) = report.again_table(quality_runs.read_again("4m", "stdlib")).splitlines()[2:]
     assert row.startswith("| Muon | 42 | 3.000 | 3.040 |")
     assert len(quality_runs.read()["4m", "stdlib"]) == 1
+
+
+def test_losses_of_repeated_pairs_are_those_half_way_and_at_the_end():
+    runs = [result(method, steps=n) for method in ("adamw", "muon", "poet-ortho") for n in (400, 1600)]
+    curve = [[400, 4.0, 5.0], [800, 3.0, 4.5], [1200, 2.5, 4.2], [1600, 2.0, 4.0]]
+    runs.append(result("muon", loss=0.5, steps=1600, lr=2e-2) | {"repeat_curve": curve})
+    (row,) = report.repeats_table(runs).splitlines()[2:]
+    assert row.startswith("| Muon | 42 | 3.000 | 2.000 | 4.500 | 4.000 |")
 
 
 def test_runs_that_are_not_there_are_not_made_again(tmp_path, monkeypatch):

@@ -127,14 +127,26 @@ def batches(sequences, run):
 
 @torch.no_grad()
 def evaluate(model, sequences):
-    """The mean loss of each sequence, in nats a token."""
+    """The loss of each token but the first, in nats (sequences, length - 1)."""
     model.eval()
     losses = []
     for ids in sequences.split(BATCH_SIZE):
         logits = model(input_ids=ids).logits[:, :-1].float()
-        losses.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1))
+        losses.append(F.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))
     model.train()
     return torch.cat(losses)
+
+
+def repeats_a_pair(sequences):
+    """Which tokens but the first follow a token that they have followed before in their sequence.
+
+    Attention can copy them from there: the associative recall of arXiv 2312.04927.
+
+    Returns:
+        Booleans (sequences, length - 1).
+    """
+    pairs = torch.stack([sequences[:, :-1], sequences[:, 1:]], 2)
+    return (pairs[:, :, None] == pairs[:, None]).all(3).tril(-1).any(2)
 
 
 def measure(run, tokens, observe=None):
@@ -153,7 +165,7 @@ def measure(run, tokens, observe=None):
     trained = _train(run, tokens, model, optimizers, observe or (lambda model, step: None))
     result = {"run": asdict(run), "family": run.family, "loss": None, "loss_se": None, **trained}
     if trained["diverged"] is None:
-        losses = evaluate(model, tokens.held_out)
+        losses = evaluate(model, tokens.held_out).mean(1)
         result["loss"] = round(losses.mean().item(), 5)
         result["loss_se"] = round((losses.std() / len(losses) ** 0.5).item(), 5)
         result["losses"] = [round(loss, 4) for loss in losses.tolist()]
@@ -199,7 +211,9 @@ def _train(run, tokens, model, optimizers, observe):
     limit = 2 * math.log(tokens.vocab_size)
     angle_power, max_angle = run.options.get("variant.angle_power", 1), run.options.get("variant.max_angle", math.inf)
     shrinking = run.options.get("variant.shrinking", 1)
-    wall, cpu, losses, curve = [], [], [], []
+    held_out = tokens.held_out[:NUM_CURVE]
+    repeated = repeats_a_pair(held_out)
+    wall, cpu, losses, curve, repeat_curve = [], [], [], [], []
     gradient_bytes = diverged = None
     observe(model, 0)
     for step, ids in enumerate(batches(tokens.train, run)):
@@ -225,11 +239,16 @@ def _train(run, tokens, model, optimizers, observe):
             break
         observe(model, step + 1)
         if (step + 1) % HELD_OUT_LOG == 0:
-            curve.append([step + 1, round(evaluate(model, tokens.held_out[:NUM_CURVE]).mean().item(), 4)])
+            by_token = evaluate(model, held_out)
+            parts = by_token, by_token[repeated], by_token[~repeated]
+            mean, *of_parts = [round(part.mean().item(), 4) for part in parts]
+            curve.append([step + 1, mean])
+            repeat_curve.append([step + 1, *of_parts])
     states = [state for optimizer in optimizers for p, state in optimizer.state.items() if _is_in(p, in_linear)]
     return {
         "diverged": diverged,
         "held_out_curve": curve,
+        "repeat_curve": repeat_curve,
         "train_curve": [
             [step, round(statistics.mean(losses[step - TRAIN_LOG : step]), 4)]
             for step in range(TRAIN_LOG, len(losses) + 1, TRAIN_LOG)

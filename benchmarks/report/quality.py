@@ -195,6 +195,24 @@ def again_table(pairs):
     return table(["method", "seed", "loss", "again", "settings"], rows) if rows else ""
 
 
+def repeats_table(results, twice=()):
+    """What the long runs make of tokens that attention can copy from the text before, and of all others.
+
+    Args:
+        twice: as `read_again` gives it; the second runs are in the table too.
+    """
+    runs = [run for lists in long_runs(results).values() for of_seeds in lists for run in of_seeds]
+    runs += [again for _, again in twice]
+    rows = []
+    for run in sorted((run for run in runs if "repeat_curve" in run), key=loss_of):
+        curve = run["repeat_curve"]
+        shown = curve[len(curve) // 2 - 1], curve[-1]
+        cells = [f"{point[kind]:.3f}" for kind in (1, 2) for point in shown]
+        rows.append([name_of(run["family"]), run["run"]["seed"], *cells, settings_text(run["run"])])
+    header = ["method", "seed", "repeated, half-way", "at the end", "others, half-way", "at the end", "settings"]
+    return table(header, rows) if rows else ""
+
+
 def spectra_table(results):
     """What training makes of the spectra of weights that are trained themselves, in each method's best such run."""
     rows, by_family = [], long_runs(results)
@@ -367,12 +385,22 @@ settings with the most seeds: one seed alone may be lucky.
 
 {long_settings_table(results)}
 """
-    if twice := again_table(read_again(size, data)):
+    twice = read_again(size, data)
+    if pairs := again_table(twice):
         text += f"""
 Some were made again, with the same seed on another processor, which rounds otherwise and may have bfloat16 products
 where the first had none. How far they end apart says what a loss is worth to which decimal:
 
-{twice}
+{pairs}
+"""
+    if repeats := repeats_table(results, twice):
+        text += f"""
+### What attention copies
+
+The loss on two kinds of tokens of the first held-out sequences, in runs that measured it: those that follow a token
+which they have followed before in the same sequence, so that attention can copy them from there, and all others.
+
+{repeats}
 """
     if shapes := spectra_table(results):
         text += f"""
