@@ -26,6 +26,7 @@ from .text import table
 
 BASELINE = "adamw"
 INITIAL_WEIGHTS = {"usual": "the model's own", "normalized": "rows of norm 1", "mup": "spectral norm as mup has it"}
+SETTINGS = ["matrix rate", "other rate", "settings"]
 DATA = {"stdlib": "the source of the Python standard library", "gsm8k": "GSM8K"}
 
 
@@ -63,27 +64,28 @@ def rate(value):
     return "" if value is None else f"{value:g}"
 
 
+def settings_cells(run):
+    """All settings of a run, in the columns `SETTINGS`."""
+    return [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
+
+
 def tuning_table(results):
     families = tuning_runs(results)
     baseline = families.get(BASELINE)
     rows = []
     for family, runs in families.items():
         best = runs[0]
-        run = best["run"]
         rows.append(
             [
                 name_of(family),
                 f"{best['loss']:.3f}",
                 difference_text(runs[:1], baseline[:1]) if baseline and family != BASELINE else "",
-                rate(run["matrix_lr"]),
-                rate(run["lr"]),
-                settings_text(run),
+                *settings_cells(best["run"]),
                 len(runs),
                 "yes" if is_bracketed(runs) else "not yet",
             ]
         )
-    header = ["method", "loss", "over AdamW", "matrix rate", "other rate", "settings", "runs", "bracketed"]
-    return table(header, rows)
+    return table(["method", "loss", "over AdamW", *SETTINGS, "runs", "bracketed"], rows)
 
 
 def initial_weights_table(results):
@@ -179,20 +181,19 @@ def long_settings_table(results):
     of_seeds = _of_seeds(results)
     rows = []
     for runs in sorted(tried, key=by_seeds_and_loss):
-        run = runs[0]["run"]
-        settings = [rate(run["matrix_lr"]), rate(run["lr"]), settings_text(run)]
+        settings = settings_cells(runs[0]["run"])
         rows.append([name_of(runs[0]["family"]), mean_text(runs, of_seeds), len(runs), *settings])
-    return table(["method", "loss", "seeds", "matrix rate", "other rate", "settings"], rows)
+    return table(["method", "loss", "seeds", *SETTINGS], rows)
 
 
 def again_table(pairs):
     """Runs that were made twice, as `read_again` gives them: everything equal but the processor."""
     rows = [
         [name_of(first["family"]), first["run"]["seed"], *(f"{loss_of(run):.3f}" for run in (first, again))]
-        + [settings_text(first["run"])]
+        + settings_cells(first["run"])
         for first, again in pairs
     ]
-    return table(["method", "seed", "loss", "again", "settings"], rows) if rows else ""
+    return table(["method", "seed", "loss", "again", *SETTINGS], rows) if rows else ""
 
 
 def repeats_table(results, twice=()):
@@ -208,9 +209,9 @@ def repeats_table(results, twice=()):
         curve = run["repeat_curve"]
         shown = curve[len(curve) // 2 - 1], curve[-1]
         cells = [f"{point[kind]:.3f}" for kind in (1, 2) for point in shown]
-        rows.append([name_of(run["family"]), run["run"]["seed"], *cells, settings_text(run["run"])])
-    header = ["method", "seed", "repeated, half-way", "at the end", "others, half-way", "at the end", "settings"]
-    return table(header, rows) if rows else ""
+        rows.append([name_of(run["family"]), run["run"]["seed"], *cells, *settings_cells(run["run"])])
+    header = ["method", "seed", "repeated, half-way", "at the end", "others, half-way", "at the end"]
+    return table([*header, *SETTINGS], rows) if rows else ""
 
 
 def spectra_table(results):
