@@ -499,6 +499,7 @@ def test_losses_of_repeated_pairs_are_those_half_way_and_at_the_end():
     runs = [result(method, steps=n) for method in ("adamw", "muon", "poet-ortho") for n in (400, 1600)]
     curve = [[400, 4.0, 5.0], [800, 3.0, 4.5], [1200, 2.5, 4.2], [1600, 2.0, 4.0]]
     runs.append(result("muon", loss=0.5, steps=1600, lr=2e-2) | {"repeat_curve": curve})
+    runs.append(result("muon", loss=None, steps=1600, lr=4e-2) | {"repeat_curve": curve[:1]})
     (row,) = report.repeats_table(runs).splitlines()[2:]
     assert row.startswith("| Muon | 42 | 3.000 | 2.000 | 4.500 | 4.000 |")
 
