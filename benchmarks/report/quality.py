@@ -12,6 +12,7 @@ from .quality_runs import (
     is_bracketed,
     is_variant,
     long_runs,
+    long_settings,
     loss_of,
     mean_loss,
     near_best,
@@ -177,10 +178,9 @@ def mean_text(runs, of_seeds=0.0):
 
 def long_settings_table(results):
     """Every setting that the long runs were made with, in the order in which they are chosen."""
-    tried = [runs for lists in long_runs(results).values() for runs in lists]
     of_seeds = _of_seeds(results)
     rows = []
-    for runs in sorted(tried, key=by_seeds_and_loss):
+    for runs in sorted(long_settings(results), key=by_seeds_and_loss):
         settings = settings_cells(runs[0]["run"])
         rows.append([name_of(runs[0]["family"]), mean_text(runs, of_seeds), len(runs), *settings])
     return table(["method", "loss", "seeds", *SETTINGS], rows)
@@ -189,8 +189,12 @@ def long_settings_table(results):
 def again_table(pairs):
     """Runs that were made twice, as `read_again` gives them: everything equal but the processor."""
     rows = [
-        [name_of(first["family"]), first["run"]["seed"], *(f"{loss_of(run):.3f}" for run in (first, again))]
-        + settings_cells(first["run"])
+        [
+            name_of(first["family"]),
+            first["run"]["seed"],
+            *(f"{loss_of(run):.3f}" for run in (first, again)),
+            *settings_cells(first["run"]),
+        ]
         for first, again in pairs
     ]
     return table(["method", "seed", "loss", "again", *SETTINGS], rows) if rows else ""
@@ -202,8 +206,7 @@ def repeats_table(results, twice=()):
     Args:
         twice: as `read_again` gives it; the second runs are in the table too.
     """
-    runs = [run for lists in long_runs(results).values() for of_seeds in lists for run in of_seeds]
-    runs += [again for _, again in twice]
+    runs = [run for runs in long_settings(results) for run in runs] + [again for _, again in twice]
     rows = []
     for run in sorted((run for run in runs if run.get("repeat_curve") and run["loss"] is not None), key=loss_of):
         curve = run["repeat_curve"]

@@ -85,6 +85,11 @@ def long_runs(results):
     return {family: sorted(lists, key=by_seeds_and_loss) for family, lists in families.items()}
 
 
+def long_settings(results):
+    """The lists of `long_runs`, those of all families together."""
+    return [runs for lists in long_runs(results).values() for runs in lists]
+
+
 def final_runs(results):
     """The best settings of each family among `long_runs`, best family first; without variants."""
     best = {family: lists[0] for family, lists in long_runs(results).items() if not is_variant(lists[0][0])}
@@ -105,7 +110,7 @@ def deviation(results):
 
     Pooled over all settings of the long runs: that of three seeds alone is low or high by chance.
     """
-    losses = [[loss_of(run) for run in runs] for lists in long_runs(results).values() for runs in lists]
+    losses = [[loss_of(run) for run in runs] for runs in long_settings(results)]
     losses = [of_seeds for of_seeds in losses if len(of_seeds) > 1 and math.inf not in of_seeds]
     freedom = sum(len(of_seeds) - 1 for of_seeds in losses)
     if not freedom:
