@@ -208,6 +208,8 @@ def main():
     parser.add_argument("--again", action="store_true", help="make runs that are there once more, into again/")
     parser.add_argument("--list", action="store_true", help="print what is measured")
     args = parser.parse_args()
+    if args.again and args.plan not in ("parts", "final"):
+        parser.error("--again repeats finished runs of a plan: give it with --plan parts or --plan final")
     if args.plan:
         methods = [method for method in args.only if args.plan != "parts" or method == "poet-ortho"]
         make(args.plan, methods, {"size": args.size, "data": args.data}, args.gsm8k, args.again)

@@ -510,6 +510,14 @@ def test_runs_that_are_not_there_are_not_made_again(tmp_path, monkeypatch):
     quality.make("tune", ["frozen"], {}, None, again=True)
 
 
+@pytest.mark.parametrize("plan", [[], ["--plan", "tune"]])
+def test_runs_are_made_again_of_a_plan_that_has_finished_ones(plan, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quality", "--again", *plan])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "--plan parts or --plan final" in capsys.readouterr().err
+
+
 def test_spectra_are_those_of_the_best_run_that_has_them():
     found = {"up_proj": {"rms": [0.5, 1.0], "largest": [1.6, 1.8], "median": [0.9, 0.9]}}
     runs = [result("muon", loss=1.0), result("muon", lr=2e-2, loss=2.0) | {"spectra": found}]
